@@ -1,0 +1,218 @@
+"""The LightningModule: batch -> logits -> criterion -> log."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from equiloss import optim
+from equiloss.config import Config
+from equiloss.data.datasets import Batch
+from equiloss.losses.criterion import Criterion
+from equiloss.metrics import Evaluated, EvaluationMetric
+from equiloss.step import GlobalStep, StepOutcome
+
+COUNTS = ("train_seen", "skipped_steps", "zero_mass_steps", "train_seconds")
+
+
+class Classifier(LightningModule):
+    """Trains and evaluates a network with a criterion.
+
+    Args:
+        model: Network, images [N, C, H, W] -> logits [N, K].
+        criterion: Loss with its options.
+        config: The run's configuration.
+        num_classes: K.
+        split_sizes: Samples of the `train`, `val` and `test` split.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        config: Config,
+        *,
+        num_classes: int,
+        split_sizes: dict[str, int],
+    ) -> None:
+        super().__init__()
+        # Gradients are summed over micro-batches and ranks by `GlobalStep`, not by Lightning.
+        self.automatic_optimization = False
+        self.model = model
+        self.criterion = criterion
+        self.config = config
+        self.split_sizes = split_sizes
+        self.evaluation = EvaluationMetric(num_classes, criterion.ignore_index)
+        self.step = GlobalStep(
+            self, config.trainer.micro_batch_size, config.optimizer.gradient_clip_norm
+        )
+        self.scalars: dict[str, float] = {}
+        """The newest value of every metric, by its logged name."""
+        self.evaluated: dict[str, Evaluated] = {}
+        """The newest evaluation of each split."""
+        self.validated_step = -1
+        """Optimizer steps taken when the newest validation ended."""
+        self.training_began = 0.0
+        """Reading of time.perf_counter when training began."""
+        self.train_seen = 0
+        self.skipped_steps = 0
+        self.zero_mass_steps = 0
+        self.train_seconds = 0.0
+        self._since = (0.0, 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits: [N, C, H, W] -> [N, K]."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """The dtype in which losses are computed and summed."""
+        assert isinstance(self.dtype, torch.dtype)
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def step_index(self) -> int:
+        """Index of the optimizer step under way; the first is 0."""
+        return self.global_step
+
+    @property
+    def the_optimizer(self) -> LightningOptimizer:
+        """The only optimizer, with Lightning's bookkeeping of steps around it."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimizer and schedule over the run's own number of steps."""
+        optimizer = optim.build_optimizer(self.config.optimizer, self)
+        steps = optim.total_steps(
+            self.config.trainer,
+            train_samples=self.split_sizes["train"],
+            batch_size=self.config.data.batch_size,
+        )
+        scheduler = optim.build_scheduler(self.config.scheduler, optimizer, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_train_start(self) -> None:
+        """Note when training began."""
+        self.training_began = time.perf_counter()
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock: it measures training without the evaluations between epochs."""
+        self._since = (time.perf_counter(), self.train_seen)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, StepOutcome]:
+        """One optimizer step on this rank's slice of the global batch."""
+        step = self.step_index
+        outcome = self.step.take(batch)
+        lr = self.the_optimizer.param_groups[0]["lr"]
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LRScheduler)
+        scheduler.step()
+
+        size = self.config.data.batch_size
+        self.train_seen += min(size, self.split_sizes["train"] - batch_idx * size)
+        self.skipped_steps += outcome.skipped
+        self.zero_mass_steps += outcome.mass == 0
+        if step % self.config.trainer.log_every_n_steps == 0:
+            self.record(
+                {
+                    "train/loss": outcome.loss,
+                    "train/grad_norm": outcome.grad_norm,
+                    "train/lr": lr,
+                    "train/samples_per_s": self._throughput(),
+                    "train/skipped_steps": float(self.skipped_steps),
+                },
+                step,
+            )
+        return {"outcome": outcome}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Guard the gradient after it was synchronised and unscaled."""
+        self.step.guard(optimizer)
+
+    def on_validation_start(self) -> None:
+        """Stop the clock."""
+        if self.trainer.state.fn == "fit":
+            self._throughput()
+
+    def on_validation_end(self) -> None:
+        """Start the clock again."""
+        self._since = (time.perf_counter(), self.train_seen)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Evaluate this rank's slice of an evaluation batch."""
+        return self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Evaluate this rank's slice of an evaluation batch."""
+        return self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Work out the validation metrics over all ranks."""
+        self._finish_evaluation("val")
+        self.validated_step = self.global_step
+
+    def on_test_epoch_end(self) -> None:
+        """Work out the test metrics over all ranks."""
+        self._finish_evaluation("test")
+
+    def record(self, scalars: dict[str, float], step: int) -> None:
+        """Hand named values of an optimizer step to every logger, in full precision."""
+        self.scalars.update(scalars)
+        for logger in self.loggers:
+            logger.log_metrics(scalars, step)
+
+    def split_scalars(self, split: str) -> dict[str, float]:
+        """The newest values of one split, by their logged names."""
+        return {n: value for n, value in self.scalars.items() if n.startswith(f"{split}/")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the weights are for, and what was counted so far."""
+        checkpoint["equiloss"] = {
+            "num_classes": self.evaluation.num_classes,
+            "loss": {"name": self.criterion.name, "options": self.criterion.options},
+            "val": self.split_scalars("val"),
+            "counts": {name: getattr(self, name) for name in COUNTS},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint ended."""
+        for name, value in checkpoint["equiloss"]["counts"].items():
+            setattr(self, name, value)
+
+    def _evaluate(self, batch: Batch) -> Tensor:
+        logits: Tensor = self(batch.images)
+        self.evaluation.update(logits, batch.target, self.criterion(logits, batch.target))
+        return logits
+
+    def _finish_evaluation(self, split: str) -> None:
+        result = self.evaluation.evaluate()
+        self.evaluation.reset()
+        if result.samples != self.split_sizes[split]:
+            raise RuntimeError(
+                f"evaluated {result.samples} samples of the {self.split_sizes[split]} in {split}: "
+                "each must be evaluated exactly once"
+            )
+        self.evaluated[split] = result
+        scalars = {f"{split}/{name}": value for name, value in result.scalars.items()}
+        self.record(scalars, max(self.step_index - 1, 0))
+        # For callbacks that monitor a metric. The values are the same on every rank already.
+        self.log_dict(scalars, logger=False)
+
+    def _throughput(self) -> float:
+        """Samples per second over all ranks since the last call."""
+        now = time.perf_counter()
+        then, seen = self._since
+        self._since = (now, self.train_seen)
+        self.train_seconds += now - then
+        return (self.train_seen - seen) / (now - then) if now > then else 0.0

@@ -1,0 +1,211 @@
+"""Loaders for a Trainer, what a batch becomes on its device, and where a resumed run goes on."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from equiloss.config import DataConfig
+from equiloss.data.augment import TransformedSource, augment, build_transform
+from equiloss.data.sampler import GlobalBatchSampler
+from equiloss.data.sources import ArraySource, Batch, Source
+from equiloss.data.splits import SPLITS, Splits
+from equiloss.errors import UserError
+from equiloss.losses.targets import validate_targets
+
+
+class ImageDataModule(lightning.LightningDataModule):
+    """The splits as batches: the same global batches for each number of ranks and workers.
+
+    The Trainer needs `use_distributed_sampler=False`, since the batches are divided here. A
+    checkpoint at any batch resumes with the next one; as a resumed run continues an epoch, it
+    does not call `on_train_epoch_start` for it again.
+
+    Args:
+        splits: What `equiloss.data.datasets.load` returned.
+        config: The same configuration.
+        seed: The run's seed, for order and augmentation.
+        ignore_index: The class that marks rows without a target (None: there are none).
+        channels_last: Whether images are put into NHWC memory order.
+
+    Raises:
+        DataError: for a target out of range, naming split and sample.
+        ConfigError: for a pipeline in `data.augment.transforms` that cannot be made.
+        UserError: (on resume) if the checkpoint is of another order of samples.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        config: DataConfig,
+        *,
+        seed: int,
+        ignore_index: int | None = -100,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        for split in SPLITS:
+            targets = getattr(splits, split).targets
+            validate_targets(targets, splits.num_classes, ignore_index, where=f"{split} target")
+        self.splits = splits
+        self.config = config
+        self.seed = seed
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._train_source = splits.train
+        if config.augment.transforms:
+            transform = build_transform(config.augment.transforms)
+            self._train_source = TransformedSource(splits.train, transform, seed)
+        self._statistics: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._resume_at: tuple[int, int] | None = None
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of the training split in the epoch's order, from where the run stopped."""
+        sampler = self._sampler(self._train_source, self.config.batch_size, shuffle=True)
+        if self._resume_at is not None:
+            # Lightning makes the first iterator, and workers ask it for batches, before it calls
+            # set_epoch.
+            sampler.epoch, sampler.start_batch = self._resume_at
+            _continue_at(self._trainer.fit_loop, *self._resume_at)
+            self._resume_at = None
+        return self._loader(self._train_source, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Batches of the validation split, unpadded and in its own order."""
+        return self._evaluation_loader(self.splits.val)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Batches of the test split, unpadded and in its own order."""
+        return self._evaluation_loader(self.splits.test)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment (in training), convert to the network's type and normalise, on the device."""
+        images = batch.images
+        if self._trainer.training:
+            images = augment(images, batch.index, batch.epoch, self.seed, self.config.augment)
+        dtype = self._trainer.lightning_module.dtype
+        assert isinstance(dtype, torch.dtype)
+        # Half precision cannot tell all 256 values apart after the subtraction.
+        wide = torch.promote_types(dtype, torch.float32)
+        mean, std = self._pixel_statistics(images.device, wide)
+        images = images.to(wide).sub_(mean).div_(std)
+        return batch._replace(images=images.to(dtype, memory_format=self.memory_format))
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches of it that are done, and what the order of samples depends on."""
+        fit_loop: Any = self._trainer.fit_loop
+        # Unlike the counters of the current epoch, the total means the same in every hook.
+        done = fit_loop.epoch_loop.batch_progress.total.processed
+        # Before the first batch, or outside of training, the length of an epoch may be unknown.
+        epoch, batch = divmod(done, int(fit_loop.max_batches)) if done else (0, 0)
+        return {"epoch": epoch, "batch": batch} | self._order_depends_on()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the checkpoint's last batch, or refuse to."""
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            return  # an evaluation does not depend on the order of training
+        for key, value in self._order_depends_on().items():
+            if state_dict[key] != value:
+                raise UserError(
+                    f"cannot resume: {key} is {value} now and was {state_dict[key]} when the "
+                    "checkpoint was written, which changes the order of samples"
+                )
+        self._resume_at = state_dict["epoch"], state_dict["batch"]
+
+    def _order_depends_on(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "batch_size": self.config.batch_size,
+            "train_samples": len(self.splits.train),
+        }
+
+    @property
+    def _trainer(self) -> lightning.Trainer:
+        assert self.trainer is not None
+        return self.trainer
+
+    def _sampler(self, source: Source, batch_size: int, *, shuffle: bool) -> GlobalBatchSampler:
+        return GlobalBatchSampler(
+            len(source),
+            batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            rank=self._trainer.global_rank,
+            world_size=self._trainer.world_size,
+        )
+
+    def _evaluation_loader(self, source: Source) -> DataLoader[Batch]:
+        sampler = self._sampler(source, self.config.eval_batch_size, shuffle=False)
+        return self._loader(source, sampler)
+
+    def _loader(self, source: Source, sampler: GlobalBatchSampler) -> DataLoader[Batch]:
+        if isinstance(source, ArraySource):
+            # Indexing memory is faster than asking another process for it.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        return _Loader(
+            source,
+            # torch's annotation knows lists of int alone; the sampler's slices go to
+            # Source.__getitems__ as they are.
+            batch_sampler=sampler,  # type: ignore[arg-type]
+            collate_fn=_unchanged,
+            num_workers=self.config.num_workers,
+            persistent_workers=self.config.num_workers > 0,
+            pin_memory=self._trainer.strategy.root_device.type == "cuda",
+            # Each iterator draws a seed for its workers. Taken from the global generator, it
+            # would make dropout depend on how often an iterator was made.
+            generator=torch.Generator(),
+        )
+
+    def _pixel_statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of pixel values in [0, 255], [C, 1, 1] each."""
+        if (device, dtype) not in self._statistics:
+            mean, std = (
+                255 * torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+                for values in (self.splits.mean, self.splits.std)
+            )
+            self._statistics[device, dtype] = mean, std
+        return self._statistics[device, dtype]
+
+
+class _Loader(DataLoader[Batch]):
+    """A loader that Lightning takes for resumable, which it is by way of the data module."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _continue_at(fit_loop: Any, epoch: int, batch: int) -> None:
+    """Put Lightning's counters where they stand before this batch of an uninterrupted run.
+
+    Restored counters differ with the hook that wrote the checkpoint. After the last batch of an
+    epoch some of them make Lightning train nothing, and others leave it an epoch whose next
+    checkpoint cannot be resumed. Two states are sound: between two epochs, and within an epoch as
+    `on_train_batch_end` sees it, where `completed` is one behind.
+    """
+    within = batch > 0
+    for epochs in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
+        epochs.ready = epochs.started = epoch + within
+        epochs.processed = epochs.completed = epoch
+    progress = fit_loop.epoch_loop.batch_progress
+    done = progress.total.processed
+    for batches, number in ((progress.total, done), (progress.current, batch)):
+        batches.ready = batches.started = batches.processed = number
+        batches.completed = number - within
+    progress.is_last_batch = False
+    fit_loop.epoch_loop._batches_that_stepped = done - within
+    # The fit loop's own setter takes any run with max_steps for a restart, between epochs too.
+    restarting: Any = _Loop.restarting
+    restarting.fset(fit_loop, within)

@@ -1,0 +1,89 @@
+"""Random numbers that are a function of their key alone.
+
+A generator's numbers depend on how often it was asked before, and so on the rank, the worker
+and the order of the samples. A hash of (seed, epoch, sample index, draw) depends on nothing else.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Stream(IntEnum):
+    """Uses of the same key that must not share their numbers."""
+
+    SPLIT = 0
+    ORDER = 1
+    AUGMENT = 2
+    TRANSFORMS = 3
+    SYNTHETIC = 4
+
+
+def keyed_bits(
+    seed: int, epoch: int, index: Tensor, draws: int, *, stream: Stream = Stream.AUGMENT
+) -> Tensor:
+    """64 hashed bits for each sample and draw, the same on every device.
+
+    The finaliser of SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number
+    generators", OOPSLA 2014) after each part of the key.
+
+    Args:
+        seed: The run's seed, in [0, 2**63).
+        epoch: Pass over the training split, from 0.
+        index: Sample positions [N] int64.
+        draws: Numbers per sample.
+        stream: What the numbers are for.
+
+    Returns:
+        [N, draws] int64, every bit pattern equally likely.
+    """
+    key = torch.zeros((), dtype=torch.int64)
+    for part in (int(stream), seed, epoch):
+        key = _mix(key + _GOLDEN + part)
+    # The key's arithmetic stays on the CPU, so reading it does not wait for an accelerator.
+    sample = _mix(index + key.item())  # [N]
+    steps = torch.arange(1, draws + 1, device=index.device) * _GOLDEN
+    return _mix(sample[:, None] + steps)  # [N] -> [N, draws]
+
+
+def keyed_uniform(
+    seed: int, epoch: int, index: Tensor, draws: int, *, stream: Stream = Stream.AUGMENT
+) -> Tensor:
+    """Uniform numbers in [0, 1) for each sample and draw, the same on every device.
+
+    Arguments are those of `keyed_bits`.
+
+    Returns:
+        [N, draws] float32, multiples of 2**-24 (which float32 holds exactly on every device;
+        some have no float64).
+
+    >>> both = keyed_uniform(0, 3, torch.tensor([5, 9]), 2)
+    >>> torch.equal(both[1:], keyed_uniform(0, 3, torch.tensor([9]), 2))
+    True
+    """
+    bits = keyed_bits(seed, epoch, index, draws, stream=stream)
+    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def _signed(pattern: int) -> int:
+    return pattern - (1 << 64) if pattern >= 1 << 63 else pattern
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(bits: Tensor, places: int) -> Tensor:
+    # torch shifts the sign bit in; the hash needs zeros.
+    return (bits >> places) & ((1 << (64 - places)) - 1)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    # int64 products wrap modulo 2**64 on the CPU and on accelerators alike.
+    bits = (bits ^ _shift_right(bits, 30)) * _MIX_1
+    bits = (bits ^ _shift_right(bits, 27)) * _MIX_2
+    return bits ^ _shift_right(bits, 31)

@@ -1,0 +1,94 @@
+"""Which samples form a global batch, and which of them are this rank's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from equiloss.data.keyed import Stream, keyed_bits
+
+
+class Slice(NamedTuple):
+    """One rank's part of one global batch, as the loader hands it to a source."""
+
+    epoch: int
+    """Pass over the split, from 0; it travels with the indices, so workers hold no state."""
+    indices: Tensor
+    """Positions within the split [n] int64; n may be 0."""
+
+
+class GlobalBatchSampler(Sampler[Slice]):
+    """Slices of global batches that depend on (seed, epoch), and on nothing that ran before.
+
+    Global batch g holds samples g·B to (g+1)·B of the epoch's order, the short last batch
+    included. Rank r of W gets rows n·r//W to n·(r+1)//W of a batch of n samples: nothing is
+    padded or dropped, slices may be empty, and each rank sees the same number of batches.
+
+    Args:
+        length: Samples of the split.
+        batch_size: B, samples per batch over all ranks.
+        seed: Seed of the order.
+        shuffle: Whether the order is random; otherwise it is that of the split.
+        rank: This rank.
+        world_size: W, the number of ranks.
+
+    >>> sampler = GlobalBatchSampler(5, 4, shuffle=False, rank=1, world_size=2)
+    >>> [part.indices.tolist() for part in sampler]
+    [[2, 3], [4]]
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert length > 0
+        assert batch_size > 0
+        assert 0 <= rank < world_size
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start_batch = 0
+        """Batches that the next iteration leaves out; the one after it is whole again."""
+        # Lightning calls set_epoch on `loader.batch_sampler.sampler`.
+        self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self.epoch = epoch
+
+    def order(self) -> Tensor:
+        """The epoch's order of the whole split: a permutation [length] int64."""
+        positions = torch.arange(self.length)
+        if not self.shuffle:
+            return positions
+        # Sorting hashes is a permutation that no change of torch's generators can alter.
+        bits = keyed_bits(self.seed, self.epoch, positions, 1, stream=Stream.ORDER)  # [length, 1]
+        return bits.squeeze(1).argsort(stable=True)
+
+    def __len__(self) -> int:
+        return math.ceil(self.length / self.batch_size)
+
+    def __iter__(self) -> Iterator[Slice]:
+        epoch, first = self.epoch, self.start_batch
+        self.start_batch = 0
+        batches = torch.split(self.order(), self.batch_size)
+        for batch in batches[first:]:
+            n = len(batch)
+            start, stop = (n * r // self.world_size for r in (self.rank, self.rank + 1))
+            # A copy: a view sent to a worker process would take the whole order along.
+            yield Slice(epoch, batch[start:stop].clone())

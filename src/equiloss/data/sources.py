@@ -1,0 +1,153 @@
+"""Where a split's images come from: a tensor in memory, or image files read as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from equiloss.data.sampler import Slice
+from equiloss.errors import DataError
+
+Shape = tuple[int, int, int]
+
+
+class Batch(NamedTuple):
+    """One rank's part of a global batch; any of its tensors may have zero rows."""
+
+    images: Tensor
+    """[n, C, H, W]: uint8 as loaded, floating point and normalised on the device."""
+    target: Tensor
+    """Classes [n] int64, or class probabilities [n, K]."""
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which no one needs here
+    """Positions within the split [n] int64."""
+    epoch: int
+    """Pass over the split, from 0."""
+
+
+class Source(Dataset[Batch]):
+    """The samples of one split, read a slice at a time.
+
+    Args:
+        targets: Classes [N] int64, or class probabilities [N, K], on the host.
+        image_shape: (C, H, W) of every image.
+    """
+
+    def __init__(self, targets: Tensor, image_shape: Shape) -> None:
+        self.targets = targets
+        self.image_shape = image_shape
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, part: Slice) -> Tensor:
+        """The slice's images [n, C, H, W] uint8."""
+        raise NotImplementedError
+
+    def __getitems__(self, part: Slice) -> Batch:
+        # torch's loader calls this in place of __getitem__, with what the batch sampler yields.
+        return Batch(self.read(part), self.targets[part.indices], part.indices, part.epoch)
+
+
+class ArraySource(Source):
+    """Images in one tensor, so that a batch is one indexing operation.
+
+    Args:
+        images: [N, C, H, W] uint8.
+        targets: Classes [N] int64, or class probabilities [N, K].
+
+    >>> source = ArraySource(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0]))
+    >>> batch = source.__getitems__(Slice(epoch=0, indices=torch.tensor([2, 1])))
+    >>> list(batch.images.shape), batch.target.tolist()
+    ([2, 1, 8, 8], [0, 1])
+    """
+
+    def __init__(self, images: Tensor, targets: Tensor) -> None:
+        assert images.dtype == torch.uint8
+        assert len(images) == len(targets)
+        _, channels, height, width = images.shape
+        super().__init__(targets, (channels, height, width))
+        self.images = images
+
+    def read(self, part: Slice) -> Tensor:
+        """The slice's images [n, C, H, W] uint8."""
+        return self.images.index_select(0, part.indices)
+
+
+class FileSource(Source):
+    """Images that are decoded from their files each time they are needed.
+
+    Args:
+        files: N image files that PIL can read.
+        targets: Classes [N] int64.
+        channels: 1 for grey, 3 for RGB; files are converted.
+        image_size: Height and width after resizing, in pixels (None: all files must have the
+            size of the first).
+
+    Raises:
+        DataError: for a file that cannot be read, or that has another size without `image_size`.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], targets: Tensor, *, channels: int, image_size: int | None
+    ) -> None:
+        assert len(files) == len(targets) > 0
+        self.files = list(files)
+        self.channels = channels
+        self.image_size = image_size
+        _, height, width = decode(self.files[0], channels).shape
+        size = (height, width) if image_size is None else (image_size, image_size)
+        super().__init__(targets, (channels, *size))
+
+    def read(self, part: Slice) -> Tensor:
+        """The slice's images [n, C, H, W] uint8."""
+        images = torch.empty(len(part.indices), *self.image_shape, dtype=torch.uint8)
+        for row, position in enumerate(part.indices.tolist()):
+            images[row] = self._image(self.files[position])
+        return images
+
+    def _image(self, file: Path) -> Tensor:
+        image = decode(file, self.channels)  # [C, h, w]
+        if image.shape == self.image_shape:
+            return image
+        if self.image_size is None:
+            raise DataError(
+                f"image {file} has {_size(image.shape)} pixels and {self.files[0]} has "
+                f"{_size(self.image_shape)}: set data.image_size= to resize them all"
+            )
+        return resize(image, self.image_size)
+
+
+def decode(file: Path, channels: int) -> Tensor:
+    """Read one image file as [C, H, W] uint8.
+
+    Raises:
+        DataError: naming the file, if PIL cannot read it.
+    """
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    # PIL reports broken files through whatever its decoders raise, SyntaxError included.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read image {file}: {error}") from error
+    # [H, W] or [H, W, C] -> [C, H, W]
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize [..., C, H, W] uint8 to [..., C, size, size], with antialiasing."""
+    from torchvision.transforms.v2 import functional
+
+    resized: Tensor = functional.resize(images, [size, size], antialias=True)
+    return resized
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[-2]}x{shape[-1]}"

@@ -1,0 +1,194 @@
+"""A dataset's three splits, what is known of them, and how a split is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equiloss.config import DataConfig
+from equiloss.data.keyed import Stream, keyed_bits
+from equiloss.data.sources import ArraySource, Shape, Source, resize
+from equiloss.errors import ConfigError, DataError
+
+SPLITS = ("train", "val", "test")
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The training, validation and test split of one dataset.
+
+    Raises:
+        DataError: for splits that hold images of different shapes, or none.
+    """
+
+    train: Source
+    val: Source
+    test: Source
+    class_names: tuple[str, ...]
+    """Names of the classes, in the order of the targets."""
+    mean: tuple[float, ...]
+    """Mean per channel of pixel values in [0, 1]; the network sees (pixels - mean) / std."""
+    std: tuple[float, ...]
+    """Standard deviation per channel of pixel values in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            source: Source = getattr(self, split)
+            if not len(source):
+                raise DataError(f"the {split} split is empty: each split needs a sample")
+            if source.image_shape != self.image_shape:
+                raise DataError(
+                    f"{split} images are {list(source.image_shape)} and train images "
+                    f"{list(self.image_shape)}: set data.image_size= to resize them all"
+                )
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.image_shape[0]:
+                raise ConfigError(
+                    f"data.{key} has {len(values)} values for {self.image_shape[0]} channels: "
+                    "give one per channel"
+                )
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> Shape:
+        """(C, H, W) of every image."""
+        return self.train.image_shape
+
+    @property
+    def class_counts(self) -> Tensor:
+        """Training samples of each class [K] int64.
+
+        A row of probabilities counts for its most probable class (the first of equals); a row
+        whose target is no class, such as an ignored one, does not count.
+        """
+        targets = self.train.targets
+        if targets.is_floating_point():
+            targets = targets.argmax(dim=1)  # [N, K] -> [N]
+        known = targets[(targets >= 0) & (targets < self.num_classes)]
+        return torch.bincount(known, minlength=self.num_classes)
+
+
+def in_memory(
+    config: DataConfig,
+    pairs: Mapping[str, Pair],
+    class_names: Sequence[str],
+) -> Splits:
+    """Make splits of tensors: limited, resized and with their statistics as `config` says.
+
+    Args:
+        config: `max_samples`, `image_size`, `mean`, `std` and `split_seed` are used.
+        pairs: For train, val and test each: images [N, C, H, W] uint8 and targets, [N] int64 or
+            [N, K] floating point.
+        class_names: Names of the classes, in the order of the targets.
+    """
+    sources = {}
+    for split in SPLITS:
+        images, targets = pairs[split]
+        rows = limited(len(targets), config)
+        if rows is not None:
+            images, targets = images[rows], targets[rows]
+        if config.image_size is not None:
+            images = resize(images, config.image_size)
+        sources[split] = ArraySource(images, targets)
+    mean, std = channel_statistics(sources["train"].images)
+    return Splits(
+        **sources,
+        class_names=tuple(class_names),
+        mean=tuple(config.mean or mean),
+        std=tuple(config.std or std),
+    )
+
+
+def limited(length: int, config: DataConfig) -> Tensor | None:
+    """The rows that `data.max_samples` keeps of a split, at random; None for all of them."""
+    if config.max_samples is None or config.max_samples >= length:
+        return None
+    # Files are often sorted by class or by difficulty, so the first ones would not do.
+    return _shuffled(length, config.split_seed)[: config.max_samples]
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of images [N, C, H, W] uint8, over 255.
+
+    Both come from the exact histogram of the 256 values, in float64, divided by the number of
+    pixels; a constant channel gets a standard deviation of 1.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        mean = (counts @ values / counts.sum()).item()
+        variance = (counts @ (values - mean).square() / counts.sum()).item()
+        means.append(mean)
+        # Rounding may leave a constant channel a variance that is not quite 0.
+        stds.append(variance**0.5 if (counts > 0).sum() > 1 else 1.0)
+    return tuple(means), tuple(stds)
+
+
+def holdout(
+    targets: Tensor, fraction: float, *, seed: int, reserve: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Split rows in two so that each class is divided in the same proportion.
+
+    The number of rows held out is fraction·N, rounded, and goes to the classes by largest
+    remainder. Each class with more than `reserve` rows has a row held out, and keeps `reserve`.
+
+    Args:
+        targets: Classes [N] int64.
+        fraction: Part of the rows to hold out.
+        seed: Chooses the rows; torch's own generators play no part.
+        reserve: Rows of each class that must be kept.
+
+    Returns:
+        Positions of the kept and of the held-out rows, int64, each in random order.
+
+    >>> kept, held = holdout(torch.tensor([0] * 8 + [1] * 4), 0.25, seed=0)
+    >>> len(kept), len(held)
+    (9, 3)
+    """
+    counts = torch.bincount(targets)  # [K]
+    largest = (counts - reserve).clamp(min=0)
+    taken = _apportion(counts.double() * fraction, largest.clamp(max=1), largest)
+    order = _shuffled(len(targets), seed)
+    labels = targets[order]
+    by_class = labels.argsort(stable=True)
+    first = counts.cumsum(0) - counts  # [K]: where each class begins
+    rank = torch.empty_like(order)  # [N]: 0, 1, 2, … within the class
+    rank[by_class] = torch.arange(len(targets)) - first[labels[by_class]]
+    held = rank < taken[labels]
+    return order[~held], order[held]
+
+
+def three_way(targets: Tensor, config: DataConfig) -> dict[str, Tensor]:
+    """Positions of train, val and test for a dataset that has no splits of its own."""
+    # Two rows of each class are kept at first: one for val and one for train.
+    rest, test = holdout(targets, config.test_fraction, seed=config.split_seed, reserve=2)
+    train, val = holdout(targets[rest], config.val_fraction, seed=config.split_seed)
+    return {"train": rest[train], "val": rest[val], "test": test}
+
+
+def _apportion(quotas: Tensor, smallest: Tensor, largest: Tensor) -> Tensor:
+    """Whole numbers nearest to the quotas [K], within bounds, whose sum is the quotas', rounded."""
+    numbers = quotas.floor().long().clamp(smallest, largest)
+    missing = int(quotas.sum().round()) - int(numbers.sum())
+    step = 1 if missing > 0 else -1
+    for _ in range(abs(missing)):
+        movable = numbers < largest if step > 0 else numbers > smallest
+        if not movable.any():
+            break  # the bounds do not allow the sum
+        remainder = (quotas - numbers) * step
+        numbers[remainder.masked_fill(~movable, -torch.inf).argmax()] += step
+    return numbers
+
+
+def _shuffled(length: int, seed: int) -> Tensor:
+    bits = keyed_bits(seed, 0, torch.arange(length), 1, stream=Stream.SPLIT)  # [length, 1]
+    return bits.squeeze(1).argsort(stable=True)

@@ -1,0 +1,71 @@
+"""Errors that a user can cause; the command line shows them in one line, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+# A longer list of choices would bury the near miss.
+LISTED = 25
+
+
+class UserError(ValueError):
+    """Something the user can mend: its message names the culprit, the rule and the choices."""
+
+
+class ConfigError(UserError):
+    """A configuration value that makes no sense."""
+
+
+class DataError(UserError):
+    """Files or targets that cannot be used."""
+
+
+class LossError(UserError):
+    """A loss that is unknown, misused or broken."""
+
+
+class NonFiniteError(UserError):
+    """Training met a loss or a gradient that is not finite."""
+
+
+class ParityError(UserError):
+    """A formulation disagrees with the oracle beyond its bound."""
+
+
+def choose(what: str, value: str, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`, otherwise raise with the near miss.
+
+    Args:
+        what: The name of the setting, for the message.
+        value: What was given.
+        choices: What is allowed.
+
+    Raises:
+        ConfigError: if `value` is none of the choices.
+
+    >>> choose("task", "fit", ("fit", "test"))
+    'fit'
+    >>> choose("task", "fti", ("fit", "test"))
+    Traceback (most recent call last):
+    equiloss.errors.ConfigError: unknown task 'fti'. Did you mean 'fit'? Known: fit, test
+    """
+    known = list(choices)
+    if value in known:
+        return value
+    raise ConfigError(unknown(what, value, known))
+
+
+def unknown(what: str, value: str, choices: Iterable[str]) -> str:
+    """The message for an unknown name: the near miss, and what is known.
+
+    >>> unknown("optimizer", "sgdw", ["SGD", "Adam"])
+    "unknown optimizer 'sgdw'. Did you mean 'SGD'? Known: SGD, Adam"
+    """
+    known = {name.lower(): name for name in choices}
+    near = [known[match] for match in difflib.get_close_matches(value.lower(), known, n=5)]
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    shown = list(known.values())
+    if len(shown) > LISTED and near:
+        return f"unknown {what} {value!r}.{hint} Near: {', '.join(near)}; {len(shown)} are known"
+    return f"unknown {what} {value!r}.{hint} Known: {', '.join(shown)}"

@@ -1,0 +1,38 @@
+"""Things named by import path: `package.module:attribute`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from equiloss.errors import UserError
+
+
+def import_target(target: str, key: str, error: type[UserError]) -> Callable[..., Any]:
+    """Import a function or class.
+
+    Args:
+        target: `package.module:attribute`.
+        key: The configuration key that named it, for the message.
+        error: What to raise.
+
+    Raises:
+        UserError: of the given type, if the path has another form or leads to nothing callable.
+
+    >>> import_target("math:sqrt", "loss.target", UserError)(4.0)
+    2.0
+    >>> import_target("math.sqrt", "loss.target", UserError)
+    Traceback (most recent call last):
+    equiloss.errors.UserError: loss.target must read package.module:function, got 'math.sqrt'
+    """
+    module, separator, attribute = target.partition(":")
+    if not (separator and module and attribute):
+        raise error(f"{key} must read package.module:function, got {target!r}")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as cause:
+        raise error(f"{key}={target} cannot be imported: {cause}") from cause
+    if not callable(found):
+        raise error(f"{key}={target} is a {type(found).__name__}, not a function or class")
+    return found

@@ -1,0 +1,244 @@
+"""From Hydra's command line to runs: one process, or a supervised group of ranks.
+
+Hydra composes once, here. One device runs in this process. Several run as children that read
+the same resolved `config.yaml` (see `equiloss.ranks`); this process then never joins a process
+group, so whatever becomes of one job cannot reach the next.
+
+A failed job is recorded and reported, and a multirun goes on with the next one; the exit code
+says at the end whether any failed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from equiloss import ranks
+from equiloss.config import REFUSED_TRAINER_ARGUMENTS, ResolvedConfig, resolve
+from equiloss.errors import ConfigError, UserError, unknown
+
+if TYPE_CHECKING:
+    from equiloss.results import Result
+
+TRACEBACK = "error.txt"
+
+_failures: list[str] = []
+
+
+def launch(composed: DictConfig) -> float:
+    """Do one job of Hydra's: run it, record how it ended, and return its objective.
+
+    Args:
+        composed: The job's composed configuration.
+
+    Returns:
+        The metric that `objective` names. For a failed job the worst possible value, since an
+        exception or NaN would end a sweeper's whole study.
+    """
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    resolved: ResolvedConfig | None = None
+    claimed = False
+    try:
+        resolved = resolve(composed)
+        _claim(run_dir, resolved)
+        claimed = True
+        return _objective(resolved, _run(resolved, run_dir))
+    except KeyboardInterrupt:
+        if resolved is not None and claimed:
+            _record(resolved, run_dir, "interrupted", "interrupted by the user")
+        raise
+    except Exception as error:  # whatever ends a job must not end the sweep
+        _fail(error, run_dir if claimed else None)
+        if resolved is not None and claimed:
+            _record(resolved, run_dir, "failed", explain(error))
+        return _worst(composed)
+
+
+def main(application: Callable[[], Any]) -> None:
+    """Run a `@hydra.main` application and exit: 0, 1 if a job failed, 130 if interrupted.
+
+    What a user caused is shown in one line without a traceback, unless HYDRA_FULL_ERROR=1.
+    """
+    _failures.clear()
+    try:
+        with _errors_are_raised():
+            application()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        if _wants_traceback():
+            raise
+        sys.exit(f"error: {explain(error)}")
+    sys.exit(1 if _failures else 0)
+
+
+def explain(error: BaseException) -> str:
+    """One line that names the culprit, the rule and the choices.
+
+    >>> explain(ConfigError("seed must lie in [0, 2**32), got -1"))
+    'seed must lie in [0, 2**32), got -1'
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return unknown(group or "config", name, error.options or [])
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _explain_composition(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _explain_composition(error: BaseException) -> str:
+    cause: BaseException = error
+    while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    details = ("full_key:", "object_type=", "reference_type=", "See https")
+    message = "; ".join(line for line in lines if line and not line.startswith(details))
+    key = str(getattr(cause, "key", None))
+    parent = getattr(cause, "parent_node", None)
+    if "not in" in str(cause) and isinstance(parent, DictConfig):
+        group = parent._get_full_key(None) or "config"
+        if group == "trainer" and key in REFUSED_TRAINER_ARGUMENTS:
+            return f"trainer.{key} is refused: {REFUSED_TRAINER_ARGUMENTS[key]}"
+        message = unknown(f"key of {group}", key, [str(name) for name in parent])
+        if group == "trainer":
+            message += f" (+trainer.{key}=… goes to Lightning's Trainer)"
+    elif isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        message = f"{cause.full_key}: {str(cause.msg or cause).splitlines()[0]}"
+    return message
+
+
+def _run(resolved: ResolvedConfig, run_dir: Path) -> Result:
+    """Run in this process, or supervise ranks; the result is in the directory either way."""
+    from equiloss.results import Result
+
+    world_size = ranks.world_size(resolved.config.trainer)
+    if world_size > 1:
+        if resolved.config.data.download:
+            # Once, before several ranks would fetch the same files into the same place.
+            from equiloss.data import datasets
+
+            datasets.load(resolved.config.data)
+        ranks.supervise(run_dir, world_size, resolved.config.trainer.threads)
+        return Result.read(run_dir)
+
+    import torch
+
+    from equiloss.run import run
+
+    threads = torch.get_num_threads()
+    try:
+        if resolved.config.trainer.threads is not None:
+            torch.set_num_threads(resolved.config.trainer.threads)
+        run(resolved, run_dir)
+        return Result.read(run_dir)
+    except SystemExit as stopped:
+        # Lightning turns Ctrl-C into an exit, and ignores further ones from then on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from stopped
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _objective(resolved: ResolvedConfig, result: Result) -> float:
+    name = resolved.config.objective
+    if name not in result.metrics:
+        # An evaluation of another split than the objective's.
+        return math.nan
+    value = result.metrics[name]
+    if value is None:
+        raise UserError(f"the run completed, but its objective {name} is not finite")
+    return value
+
+
+def _claim(run_dir: Path, resolved: ResolvedConfig) -> None:
+    """Write the configuration that every rank reads; refuse a directory that holds a run.
+
+    A run that failed before it had saved anything may be repeated in its place.
+    """
+    from equiloss.results import CONFIG, METRICS, RESULTS, Result
+
+    held = [name for name in (METRICS, "checkpoints") if (run_dir / name).exists()]
+    if not held and (run_dir / RESULTS).exists() and Result.read(run_dir).status == "completed":
+        held = [RESULTS]
+    if held:
+        raise ConfigError(
+            f"{run_dir} already holds a run ({', '.join(held)}): name another directory with "
+            "hydra.run.dir=…, or remove this one"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / CONFIG).write_text(resolved.text, encoding="utf-8")
+
+
+def _record(resolved: ResolvedConfig, run_dir: Path, status: str, error: str) -> None:
+    from equiloss.results import Result
+
+    loss = dict(resolved.config.loss)
+    Result(
+        status=status,
+        config_hash=resolved.hash,
+        loss={"name": loss.pop("name"), "options": loss},
+        error=error,
+    ).write(run_dir)
+
+
+def _fail(error: Exception, run_dir: Path | None) -> None:
+    """Remember a failure and show it."""
+    hydra = HydraConfig.get()
+    job = f"job {hydra.job.num}: " if hydra.mode == RunMode.MULTIRUN else ""
+    _failures.append(job + explain(error))
+    where = ""
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, ranks.RankError) and error.trace:
+        trace = error.trace
+    if run_dir is not None:
+        (run_dir / TRACEBACK).write_text(trace, encoding="utf-8")
+        if not isinstance(error, UserError):
+            where = f" (traceback: {run_dir / TRACEBACK})"
+    if _wants_traceback():
+        print(trace, file=sys.stderr)
+    print(f"error: {job}{explain(error)}{where}", file=sys.stderr, flush=True)
+
+
+def _worst(composed: DictConfig) -> float:
+    """The value that no sweeper takes for a success."""
+    direction = HydraConfig.get().sweeper.get("direction")
+    if direction is None:
+        direction = "maximize" if "acc" in str(composed.get("objective")) else "minimize"
+    return -math.inf if direction == "maximize" else math.inf
+
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_user_wants_traceback = os.environ.get(_FULL_ERROR) == "1"
+
+
+def _wants_traceback() -> bool:
+    return _user_wants_traceback
+
+
+@contextmanager
+def _errors_are_raised() -> Iterator[None]:
+    """Make Hydra raise its errors, so that they can be shown in one line."""
+    before = os.environ.get(_FULL_ERROR)
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FULL_ERROR]
+        else:
+            os.environ[_FULL_ERROR] = before

@@ -1,0 +1,265 @@
+"""From (logits, target) to (total, mass): a loss with its options, before any reduction.
+
+    loss of a batch = total / mass
+
+`total` is the sum of the per-sample losses and `mass` the denominator that
+`torch.nn.functional.cross_entropy(reduction="mean")` divides by. Both are sums over rows, so
+they add up over micro-batches and ranks; `equiloss.losses.reduction` does that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from equiloss.errors import LossError, unknown
+from equiloss.imports import import_target
+from equiloss.losses import registry
+from equiloss.losses.signature import LossFunction, Signature, read
+from equiloss.losses.targets import validate_targets
+
+
+class LossSum(NamedTuple):
+    """Two sums over rows whose ratio is the loss."""
+
+    total: Tensor
+    """Sum of per-sample losses, 0-dim, in nats; carries the gradient."""
+    mass: Tensor
+    """Denominator of the mean, 0-dim, in units of rows or of class weight."""
+
+
+class Criterion(nn.Module):
+    """A registered loss with its options.
+
+    Args:
+        name: A registered name, or `custom` with `target="package.module:function"`.
+        class_counts: Rows of each class in the training set [C]; needed by `weight="balanced"`
+            and by losses that take class counts.
+        **options: The loss's options. `weight` is None, `"balanced"` or one number per class.
+
+    Raises:
+        LossError: for an unknown loss or option, a value out of its range, a capability that the
+            loss lacks, or a loss that does not return one value per row.
+        DataError: (when called) for targets that are no targets, naming the row.
+
+    >>> criterion = Criterion("cross_entropy", weight=[1.0, 3.0])
+    >>> loss = criterion(torch.zeros(2, 2), torch.tensor([0, 1]))
+    >>> loss.mass.item(), round((loss.total / loss.mass).item(), 4)
+    (4.0, 0.6931)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        class_counts: Sequence[int] | Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        if name == "custom":
+            target = options.pop("target", None)
+            loss = import_target(str(target), "loss.target", LossError)
+            options = dict(options.pop("options", None) or {}) | options
+        else:
+            loss = registry.get(name)
+        self.signature = read(name, loss)
+        _check_options(name, self.signature, options)
+        counts = None if class_counts is None else torch.as_tensor(class_counts).cpu()
+        if "class_counts" in self.signature.supported and counts is None:
+            raise LossError(f"loss {name!r} needs class_counts, the rows of each training class")
+
+        weight = options.pop("weight", None)
+        self.ignore_index: int | None = options.pop("ignore_index", self._default("ignore_index"))
+        self.label_smoothing = float(
+            options.pop("label_smoothing", self._default("label_smoothing") or 0.0)
+        )
+        # Not buffers: these follow the logits' dtype, not the module's (bf16-true would round
+        # class weights), and DDP would broadcast a buffer before every forward pass.
+        self._vectors: dict[str, Tensor] = {}
+        if weight is not None:
+            self._vectors["weight"] = _weights(name, weight, counts)
+        if "class_counts" in self.signature.supported and counts is not None:
+            self._vectors["class_counts"] = counts
+        self._placed: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+        self.loss: LossFunction
+        if isinstance(loss, type):
+            self.loss, self._keywords = loss(**options), {}
+        else:
+            self.loss, self._keywords = loss, dict(options)
+        if "label_smoothing" in self.signature.supported:
+            self._keywords["label_smoothing"] = self.label_smoothing
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option with its value, as plain Python data."""
+        weight = self._vectors.get("weight")
+        values: dict[str, Any] = {
+            **self._keywords,
+            "weight": None if weight is None else weight.tolist(),
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+        }
+        return {key: values[key] for key in self.signature.options if key in values}
+
+    def forward(self, logits: Tensor, target: Tensor) -> LossSum:
+        """Sum of the losses of a batch, and its mass.
+
+        Args:
+            logits: Unnormalised scores [N, C]; half precision is promoted to float32.
+            target: Classes [N] int64, or probabilities [N, C] where the loss takes them.
+
+        Returns:
+            0-dim `total` (nats) and `mass`, in the promoted dtype.
+        """
+        losses = self.per_sample(logits, target)  # [N]
+        return LossSum(losses.sum(), self.mass(target, losses.dtype))
+
+    def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Loss of each row [N], in nats; ignored rows are exactly 0, in value and gradient."""
+        self._check_batch(logits, target)
+        # Autocast would take log and softmax to bfloat16 on a CPU and to float32 on CUDA.
+        with torch.autocast(logits.device.type, enabled=False):
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            logits = logits.to(dtype)
+            keywords = dict(self._keywords)
+            for key in self._vectors:
+                keywords[key] = self._vector(key, dtype, logits.device)
+            if target.is_floating_point():
+                target = target.to(dtype)
+            elif self.ignore_index is not None:
+                keywords["ignore_index"] = self.ignore_index
+                ignored = (target == self.ignore_index).unsqueeze(-1)
+                # Equal logits are harmless in every loss; NaN · 0 would not be.
+                logits = logits.masked_fill(ignored, 0)
+            losses: Tensor = self.loss(logits, target, **keywords)
+        self._check_result(losses, logits)
+        return losses
+
+    def mass(self, target: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Denominator of the mean over these rows, 0-dim in `dtype`; needs no logits.
+
+        Rows of soft targets count 1 each, as PyTorch defines it. Rows of integer targets count
+        their class's weight (1 without weights), ignored ones 0.
+        """
+        if target.is_floating_point():
+            return torch.full((), target.shape[0], dtype=dtype, device=target.device)
+        kept = torch.ones_like(target, dtype=torch.bool)
+        if self.ignore_index is not None:
+            kept = target != self.ignore_index
+        if "weight" not in self._vectors:
+            return kept.sum().to(dtype)
+        weight = self._vector("weight", dtype, target.device)
+        return (weight[target.masked_fill(~kept, 0)] * kept).sum()
+
+    def check_classes(self, num_classes: int) -> None:
+        """Refuse options that have another number of classes than the data.
+
+        Raises:
+            LossError: naming the option and both numbers.
+        """
+        for key, vector in self._vectors.items():
+            if len(vector) != num_classes:
+                raise LossError(
+                    f"loss.{key} has {len(vector)} values for {num_classes} classes: "
+                    "give one per class"
+                )
+
+    def weight(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Class weights [C], or None without weights."""
+        return self._vector("weight", dtype, device) if "weight" in self._vectors else None
+
+    def _vector(self, key: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        place = (key, dtype, device)
+        if place not in self._placed:
+            self._placed[place] = self._vectors[key].to(device, dtype)
+        return self._placed[place]
+
+    def _default(self, key: str) -> Any:
+        option = self.signature.options.get(key)
+        return None if option is None else option.default
+
+    def _check_batch(self, logits: Tensor, target: Tensor) -> None:
+        if logits.ndim != 2 or target.shape not in (logits.shape[:1], logits.shape):
+            raise LossError(
+                "logits must be [N, C] and targets [N] or [N, C]; got "
+                f"{list(logits.shape)} and {list(target.shape)}"
+            )
+        classes = logits.shape[1]
+        self.check_classes(classes)
+        if target.is_floating_point() and not self.signature.soft_targets:
+            raise LossError(
+                f"loss {self.name!r} takes classes [N], not probabilities [N, C]: use a loss with "
+                "soft_targets, such as cross_entropy"
+            )
+        if target.device.type == "cpu":
+            # Elsewhere a look at the values would wait for the device, and the data module has
+            # checked them on the host.
+            validate_targets(target, classes, self.ignore_index)
+
+    def _check_result(self, losses: Any, logits: Tensor) -> None:
+        if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
+            got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise LossError(
+                f"loss {self.name!r} returned {got} for {logits.shape[0]} rows: a loss returns "
+                "one value per row [N] and never reduces"
+            )
+        if logits.requires_grad and not losses.requires_grad:
+            raise LossError(
+                f"loss {self.name!r} returned a result without gradient: it must not detach"
+            )
+
+
+def _check_options(name: str, signature: Signature, options: Mapping[str, Any]) -> None:
+    for key, value in options.items():
+        if key not in signature.options:
+            if key in ("weight", "label_smoothing") and not value:
+                continue
+            raise LossError(unknown(f"option of loss {name!r}", key, signature.options))
+        choices = signature.options[key].choices
+        if choices and value not in choices:
+            raise LossError(unknown(f"value of loss.{key}", str(value), choices))
+    required = [
+        key
+        for key, option in signature.options.items()
+        if option.default == "???" and options.get(key, "???") == "???"
+    ]
+    if required:
+        raise LossError(f"loss {name!r} requires {', '.join(f'loss.{key}' for key in required)}")
+    smoothing = options.get("label_smoothing", 0.0)
+    if "label_smoothing" in signature.options and not 0 <= smoothing <= 1:
+        raise LossError(f"loss.label_smoothing must lie in [0, 1], got {smoothing}")
+
+
+def _weights(name: str, weight: Any, counts: Tensor | None) -> Tensor:
+    """Class weights [C] in float64 from `"balanced"` or one number per class."""
+    if isinstance(weight, str):
+        if weight != "balanced":
+            raise LossError(f"loss.weight must be null, 'balanced' or a list, got {weight!r}")
+        if counts is None:
+            raise LossError(
+                f"loss {name!r} with weight=balanced needs class_counts, the rows of each "
+                "training class"
+            )
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            raise LossError(
+                f"loss.weight=balanced is undefined: class {empty[0]} has no training sample"
+            )
+        return counts.sum() / (len(counts) * counts.double())
+    try:
+        values = torch.as_tensor(weight, dtype=torch.float64, device="cpu").detach().clone()
+    except (TypeError, ValueError) as error:
+        raise LossError(f"loss.weight must be null, 'balanced' or a list: {error}") from error
+    wrong = [w for w in values.flatten().tolist() if not (math.isfinite(w) and w >= 0)]
+    if values.ndim != 1 or wrong:
+        raise LossError(
+            "loss.weight needs one finite, non-negative number per class; got "
+            f"{wrong[0] if wrong else list(values.shape)}"
+        )
+    return values

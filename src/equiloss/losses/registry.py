@@ -1,0 +1,141 @@
+"""Names of losses: the built-in ones, those of installed plugins, and those of imported code.
+
+Names are known without importing anything; only the chosen loss is imported. Nothing is ever
+overwritten: where two sides claim one name, choosing it is an error that names both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar, overload
+
+from equiloss.errors import LossError, unknown
+from equiloss.imports import import_target
+from equiloss.losses.signature import LossFunction, Signature, read
+
+GROUP = "equiloss.losses"
+
+_BUILT_IN = {
+    "cross_entropy": "equiloss.losses.formulations:cross_entropy",
+    "log_softmax_nll": "equiloss.losses.formulations:log_softmax_nll",
+    "softmax_nll": "equiloss.losses.formulations:softmax_nll",
+}
+
+_F = TypeVar("_F", bound=LossFunction)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One claim on a name."""
+
+    name: str
+    source: str
+    """Who makes the claim: `equiloss`, a distribution with its version, or a module."""
+    load: Callable[[], LossFunction]
+
+
+_registered: dict[str, Provider] = {}
+
+
+def names() -> list[str]:
+    """Every registered name, sorted; imports no loss.
+
+    >>> names()[:3]
+    ['cross_entropy', 'log_softmax_nll', 'softmax_nll']
+    """
+    return sorted({provider.name for provider in _providers()})
+
+
+def get(name: str) -> LossFunction:
+    """The per-sample function registered under `name`: (logits [N, C], target) -> [N].
+
+    Raises:
+        LossError: if the name is unknown (the message has the near miss), claimed twice, or its
+            plugin cannot be imported.
+
+    >>> get("cross_entropy").__name__
+    'cross_entropy'
+    """
+    return provider(name).load()
+
+
+def signature(name: str) -> Signature:
+    """Capabilities and options of the loss registered under `name`; raises as `get` does."""
+    return read(name, get(name))
+
+
+def provider(name: str) -> Provider:
+    """Who provides `name`; raises `LossError` if nobody does, or more than one."""
+    claims = [claim for claim in _providers() if claim.name == name]
+    if not claims:
+        raise LossError(unknown("loss", name, names()))
+    if len(claims) > 1:
+        sides = " and ".join(claim.source for claim in claims)
+        raise LossError(f"loss name {name!r} is claimed by {sides}: rename one of them")
+    return claims[0]
+
+
+@overload
+def register(loss: _F, *, name: str | None = None) -> _F: ...
+@overload
+def register(loss: None = None, *, name: str | None = None) -> Callable[[_F], _F]: ...
+def register(loss: _F | None = None, *, name: str | None = None) -> _F | Callable[[_F], _F]:
+    """Register a loss of imported code, as a decorator with or without a name.
+
+    Raises:
+        LossError: if the name is taken, naming both sides, or the signature is not a loss's.
+
+    >>> @register(name="hinge_for_docs")
+    ... def hinge(logits, target, *, margin: float = 1.0): ...
+    >>> get("hinge_for_docs") is hinge
+    True
+    >>> unregister("hinge_for_docs")
+    """
+    if loss is None:
+        return lambda function: register(function, name=name)
+    key = name or loss.__name__
+    source = f"{loss.__module__}:{loss.__qualname__}"
+    for claim in _providers():
+        if claim.name == key:
+            raise LossError(
+                f"cannot register {source} as loss {key!r}: {claim.source} provides that name"
+            )
+    read(key, loss)
+    _registered[key] = Provider(key, source, lambda: loss)
+    return loss
+
+
+def unregister(name: str) -> None:
+    """Take back a `register`; raises `LossError` for a name that no imported code registered."""
+    if _registered.pop(name, None) is None:
+        raise LossError(unknown("registered loss", name, _registered))
+
+
+def _providers() -> Iterator[Provider]:
+    for name, target in _BUILT_IN.items():
+        yield Provider(name, "equiloss", partial(import_target, target, "loss", LossError))
+    yield from _registered.values()
+    if os.environ.get("EQUILOSS_DISABLE_PLUGINS") != "1":
+        for entry_point in entry_points(group=GROUP):
+            yield _plugin(entry_point)
+
+
+def _plugin(entry_point: EntryPoint) -> Provider:
+    distribution = entry_point.dist
+    source = f"{distribution.name} {distribution.version}" if distribution else "a plugin"
+
+    def load() -> LossFunction:
+        try:
+            loss: LossFunction = entry_point.load()
+        except Exception as error:  # a plugin may fail in any way; it is named and breaks no other
+            raise LossError(
+                f"loss {entry_point.name!r} of {source} ({entry_point.value}) cannot be "
+                f"imported: {type(error).__name__}: {error}"
+            ) from error
+        return loss
+
+    return Provider(entry_point.name, source, load)

@@ -1,0 +1,179 @@
+"""What a loss can do, read from how it is written.
+
+A loss is a function `(logits, target, *, …) -> [N]`. The reserved keyword-only names `weight`,
+`ignore_index`, `label_smoothing` and `class_counts` mean "supported"; every other keyword is an
+option of the loss's own. What a signature cannot say is an attribute of the function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from omegaconf import MISSING
+
+from equiloss.errors import LossError
+
+RESERVED = ("weight", "ignore_index", "label_smoothing", "class_counts")
+
+LossFunction = Callable[..., Any]
+_F = TypeVar("_F", bound=LossFunction)
+
+
+def describes(**attributes: Any) -> Callable[[_F], _F]:
+    """Set attributes of a loss, such as `soft_targets=True`, where it is defined."""
+
+    def decorate(loss: _F) -> _F:
+        for name, value in attributes.items():
+            setattr(loss, name, value)
+        return loss
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword of a loss: what Hydra may put there."""
+
+    annotation: Any
+    """Type that OmegaConf checks; Any where it knows none."""
+    default: Any
+    """Default value, or omegaconf.MISSING where the loss requires one."""
+    choices: tuple[str, ...] = ()
+    """What a Literal annotation allows."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Capabilities and options of one loss."""
+
+    options: Mapping[str, Option]
+    """Every configurable keyword, reserved ones included, in the order of the signature."""
+    supported: frozenset[str]
+    """Which of the reserved names the loss takes."""
+    soft_targets: bool
+    """Takes class probabilities [N, C] as targets."""
+    shift_invariant: bool
+    """loss(x + c) equals loss(x)."""
+    max_logit_range: Any
+    """Largest logsumexp(x) - min(x) it is sound for: None, a float, or dtype -> float."""
+
+    def domain(self, dtype: Any) -> float:
+        """Largest logsumexp(x) - min(x) that the loss is sound for in `dtype`."""
+        if callable(self.max_logit_range):
+            return float(self.max_logit_range(dtype))
+        return float("inf") if self.max_logit_range is None else float(self.max_logit_range)
+
+
+def read(name: str, loss: LossFunction) -> Signature:
+    """Read the signature of a loss: a function, or an nn.Module class.
+
+    A module class has its options in `__init__` and its reserved names in `forward`.
+
+    Args:
+        name: The registered name, for error messages.
+        loss: The function or class.
+
+    Raises:
+        LossError: if it does not begin with (logits, target), or has further positional arguments.
+
+    >>> def poly1(logits, target, *, epsilon: float = 1.0, ignore_index: int = -100): ...
+    >>> signature = read("poly1", poly1)
+    >>> sorted(signature.options), sorted(signature.supported)
+    (['epsilon', 'ignore_index'], ['ignore_index'])
+    """
+    if inspect.isclass(loss):
+        forward: LossFunction = getattr(loss, "forward", loss.__call__)
+        call, call_hints = _keywords(name, forward, skip_self=True)
+        _check_leading(name, forward, skip_self=True)
+        made, hints = _keywords(name, loss, skip_self=False)
+        keywords = {**made, **{key: call[key] for key in call if key in RESERVED}}
+        hints = {**call_hints, **hints}
+        supported = frozenset(call) & set(RESERVED)
+    else:
+        _check_leading(name, loss, skip_self=False)
+        keywords, hints = _keywords(name, loss, skip_self=False)
+        supported = frozenset(keywords) & set(RESERVED)
+    return Signature(
+        options={
+            key: _option(key, parameter, hints)
+            for key, parameter in keywords.items()
+            if key != "class_counts"
+        },
+        supported=supported,
+        soft_targets=bool(getattr(loss, "soft_targets", False)),
+        shift_invariant=bool(getattr(loss, "shift_invariant", True)),
+        max_logit_range=getattr(loss, "max_logit_range", None),
+    )
+
+
+def _check_leading(name: str, function: LossFunction, *, skip_self: bool) -> None:
+    positional = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ][skip_self:]
+    if positional != ["logits", "target"]:
+        raise LossError(
+            f"loss {name!r} has the positional arguments ({', '.join(positional)}): a loss is "
+            "written (logits, target, *, …), everything after the two being keyword-only"
+        )
+
+
+def _keywords(
+    name: str, function: LossFunction, *, skip_self: bool
+) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    parameters = list(inspect.signature(function).parameters.values())[skip_self:]
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            raise LossError(
+                f"loss {name!r} takes *{parameter.name}: name every option, since the signature "
+                "is what its configuration is made from"
+            )
+    target = function.__init__ if inspect.isclass(function) else function
+    try:
+        hints = typing.get_type_hints(target)
+    except (NameError, TypeError):
+        # One annotation that cannot be resolved fails the whole call: the defaults' types serve.
+        hints = {}
+    return {p.name: p for p in parameters if p.name not in ("logits", "target")}, hints
+
+
+def _option(key: str, parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Option:
+    default = MISSING if parameter.default is parameter.empty else parameter.default
+    if key == "weight":
+        # null, `balanced` or a list: the criterion turns it into a tensor.
+        return Option(Any, None)
+    annotation = hints.get(key, Any if default in (None, MISSING) else type(default))
+    if typing.get_origin(annotation) is typing.Literal:
+        return Option(str, default, typing.get_args(annotation))
+    return Option(annotation if _is_plain(annotation) else Any, default)
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether OmegaConf checks values of this type."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return all(_is_plain(arg) for arg in typing.get_args(annotation) if arg is not type(None))
+    return annotation in (bool, int, float, str)
+
+
+def config_node(name: str, signature: Signature) -> Any:
+    """The Hydra node of a loss: a dataclass instance with its name and its options.
+
+    >>> def scaled(logits, target, *, factor: float = 2.0): ...
+    >>> config_node("scaled", read("scaled", scaled))
+    scaled(name='scaled', factor=2.0)
+    """
+    members: list[Any] = [("name", str, name)]
+    for key, option in signature.options.items():
+        value = option.default
+        if isinstance(value, (list, dict)):
+            members.append((key, option.annotation, dataclasses.field(default_factory=value.copy)))
+        else:
+            members.append((key, option.annotation, value))
+    return dataclasses.make_dataclass(name, members)()

@@ -1,0 +1,345 @@
+"""Evidence, while a run trains, that the formulations are one function.
+
+At parity steps each formulation is evaluated on the logits and targets of the global batch, with
+the run's own weights, smoothing and ignored rows, and held against the oracle row by row.
+Trained logits hide mistakes (at a margin of 20 forgotten class weights would pass), so each
+check also evaluates a *probe*: unit-normal logits with the same targets and options.
+
+Rows beyond a formulation's domain are counted and left out of its verdict: a healthy
+cross-entropy run whose logits spread past 87 must not be failed by its monitor.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from equiloss import oracle
+from equiloss.config import ParityConfig
+from equiloss.errors import LossError, ParityError
+from equiloss.losses import reduction
+from equiloss.losses.criterion import Criterion
+from equiloss.oracle import Oracle
+from equiloss.step import StepOutcome
+
+if TYPE_CHECKING:
+    from equiloss.classifier import Classifier
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Agreement:
+    """The largest deviations of one formulation so far."""
+
+    loss_error: float = 0.0
+    """|loss - oracle's loss| of a global batch, in nats."""
+    grad_error: float = 0.0
+    """Largest |component of d(sum of losses)/d(logits) - oracle's|: mass times the mean's."""
+    ratio: float = 0.0
+    """Largest error of a row over its bound, probe included; above 1 is a disagreement."""
+    nonfinite: int = 0
+    """Rows whose loss or gradient was not finite."""
+    out_of_domain: int = 0
+    """Rows whose logits spread too far for the formulation."""
+    agree: bool = True
+
+    def add(self, other: Agreement) -> None:
+        """Take the other's values where they are worse, and add its counts."""
+        self.loss_error = max(self.loss_error, other.loss_error)
+        self.grad_error = max(self.grad_error, other.grad_error)
+        self.ratio = max(self.ratio, other.ratio)
+        self.nonfinite += other.nonfinite
+        self.out_of_domain += other.out_of_domain
+        self.agree = self.agree and other.agree
+
+
+class Rows(NamedTuple):
+    """This rank's rows with the oracle's values for them."""
+
+    logits: Tensor
+    """[n, K], float32 or float64."""
+    target: Tensor
+    """[n] int64 or [n, K] probabilities."""
+    exact: Oracle
+
+
+def compare(criterion: Criterion, batch: Rows, probe: Rows) -> Agreement:
+    """Hold one formulation against the oracle on the rows of all ranks.
+
+    Args:
+        criterion: The formulation with the run's options.
+        batch: The logits that the network gave.
+        probe: Unit-normal logits with the same targets.
+
+    Every rank must call it and gets the same result.
+    """
+    rows = _row_errors(criterion, batch)
+    unit = _row_errors(criterion, probe)
+    logits, exact = batch.logits, batch.exact
+    sums = reduction.sum_over_ranks(
+        torch.stack(
+            [
+                torch.where(rows.judged, rows.difference, 0).sum(),
+                exact.mass,
+                rows.nonfinite.sum().double(),
+                rows.outside.sum().double(),
+                (~logits.isfinite()).any(-1).sum().double(),
+            ]
+        )
+    ).tolist()
+    peaks = reduction.max_over_ranks(
+        torch.stack(
+            [
+                _peak(torch.where(rows.judged, rows.gradient_error, 0)),
+                _peak(torch.where(rows.outside, 0, rows.ratio)),
+                _peak(torch.where(unit.outside, 0, unit.ratio)),
+            ]
+        )
+    ).tolist()
+    difference, mass, nonfinite, outside, broken_logits = sums
+    ratio = max(peaks[1:])
+    return Agreement(
+        loss_error=abs(difference) / mass if mass > 0 else abs(difference),
+        grad_error=peaks[0],
+        ratio=ratio,
+        nonfinite=int(nonfinite),
+        out_of_domain=int(outside),
+        agree=ratio <= 1 and not broken_logits,
+    )
+
+
+class ParityMonitor(Callback):
+    """Holds every formulation against the oracle while a run trains.
+
+    Args:
+        config: How often, which formulations, and what a disagreement does.
+        criterion: The loss that trains; its weights, smoothing and ignored rows are used.
+        total_steps: Steps of the run; the last one is always checked.
+        seed: Seed of the probe.
+        class_counts: Rows of each training class, for formulations that want them.
+
+    Raises:
+        LossError: if a formulation is unknown, or lacks an option that the run uses.
+        ParityError: with policy=raise, on every rank, at the first disagreement.
+    """
+
+    def __init__(
+        self,
+        config: ParityConfig,
+        criterion: Criterion,
+        *,
+        total_steps: int,
+        seed: int,
+        class_counts: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.seed = seed
+        self.weight = criterion.weight(torch.float64, torch.device("cpu"))
+        self.ignore_index = criterion.ignore_index
+        self.label_smoothing = criterion.label_smoothing
+        self.formulations = {
+            name: _with_options_of(criterion, name, class_counts) for name in config.formulations
+        }
+        self.worst = {name: Agreement() for name in self.formulations}
+        self.mass_error = 0.0
+        self.global_error = 0.0
+        self.sums_agree = True
+        self.steps = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Classifier,  # type: ignore[override]
+        outputs: Mapping[str, StepOutcome],  # type: ignore[override]
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Check this step's logits, if it is a parity step."""
+        step = pl_module.step_index - 1
+        if step % self.config.every_n_steps and step != self.total_steps - 1:
+            return
+        scalars = self.check(outputs["outcome"], pl_module.criterion, step, trainer.global_rank)
+        pl_module.record(scalars, step)
+
+    def check(
+        self, outcome: StepOutcome, criterion: Criterion, step: int, rank: int
+    ) -> dict[str, float]:
+        """Compare one step's logits; every rank must call it. Returns the logged scalars."""
+        logits = outcome.logits.to(torch.promote_types(outcome.logits.dtype, torch.float32))
+        target = outcome.target
+        generator = torch.Generator().manual_seed((self.seed << 40) + (step << 16) + rank)
+        unit_normal = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
+        batch = self._with_oracle(logits, target)
+        probe = self._with_oracle(unit_normal.to(logits.device), target)
+
+        scalars: dict[str, float] = {}
+        disagreeing = []
+        for name, formulation in self.formulations.items():
+            found = compare(formulation, batch, probe)
+            self.worst[name].add(found)
+            scalars |= {
+                f"parity/{name}/loss_error": found.loss_error,
+                f"parity/{name}/grad_error": found.grad_error,
+                f"parity/{name}/ratio": found.ratio,
+                f"parity/{name}/nonfinite": float(found.nonfinite),
+            }
+            if not found.agree:
+                disagreeing.append(f"{name} (error {found.ratio:.3g} times its bound)")
+        scalars["parity/max_ratio"] = max(scalars[f"parity/{n}/ratio"] for n in self.formulations)
+
+        mass_error, mass_agrees = self._mass_error(outcome, batch)
+        global_error, global_agrees = self._global_error(outcome, criterion, logits, target)
+        scalars["parity/global_error"] = global_error
+        self.mass_error = max(self.mass_error, mass_error)
+        self.global_error = max(self.global_error, global_error)
+        self.sums_agree = self.sums_agree and mass_agrees and global_agrees
+        if not mass_agrees:
+            disagreeing.append(f"the mass (off by {mass_error:.3g})")
+        if not global_agrees:
+            disagreeing.append(f"the all-reduced loss (off by {global_error:.3g} nats)")
+        self.steps += 1
+        if disagreeing:
+            self._report(step, disagreeing)
+        return scalars
+
+    def summary(self) -> dict[str, Any]:
+        """The verdict so far, as `results.json` holds it."""
+        per_formulation = {name: asdict(worst) for name, worst in self.worst.items()}
+        return {
+            **per_formulation,
+            "mass_error": self.mass_error,
+            "global_error": self.global_error,
+            "steps": self.steps,
+            "agree": self.sums_agree and all(worst.agree for worst in self.worst.values()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run continues from."""
+        return self.summary() | {"sums_agree": self.sums_agree}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.worst = {
+            name: Agreement(**state_dict[name]) if name in state_dict else Agreement()
+            for name in self.formulations
+        }
+        self.mass_error = state_dict["mass_error"]
+        self.global_error = state_dict["global_error"]
+        self.sums_agree = state_dict["sums_agree"]
+        self.steps = state_dict["steps"]
+
+    def _with_oracle(self, logits: Tensor, target: Tensor) -> Rows:
+        # The weights come from the configuration, not from the criterion under test.
+        exact = oracle.cross_entropy(
+            logits,
+            target,
+            weight=None if self.weight is None else self.weight.to(logits.device),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
+        return Rows(logits, target, exact)
+
+    def _mass_error(self, outcome: StepOutcome, batch: Rows) -> tuple[float, bool]:
+        """Largest difference between a mass that was used and the oracle's, and the verdict."""
+        logits, target, exact = batch
+        masses = torch.stack(
+            [
+                exact.mass,
+                *(f.mass(target, logits.dtype).double() for f in self.formulations.values()),
+            ]
+        )
+        rows = torch.tensor([len(target)], dtype=torch.float64, device=masses.device)
+        *summed, count = reduction.sum_over_ranks(torch.cat([masses, rows])).tolist()
+        error = max(abs(mass - summed[0]) for mass in (*summed[1:], outcome.mass))
+        if self.weight is None:
+            return error, error == 0
+        # Each rank's sum of weights rounds once per row.
+        return error, error <= count * torch.finfo(logits.dtype).eps * summed[0]
+
+    @staticmethod
+    def _global_error(
+        outcome: StepOutcome, criterion: Criterion, logits: Tensor, target: Tensor
+    ) -> tuple[float, bool]:
+        """The loss that trained against the loss of the gathered global batch on one rank."""
+        all_logits = reduction.gather_rows(logits)  # [N, K]
+        all_target = reduction.gather_rows(target)
+        with torch.no_grad():
+            losses = criterion.per_sample(all_logits, all_target)  # [N]
+        mass = criterion.mass(all_target, losses.dtype)
+        error = abs(outcome.loss - reduction.mean(losses.sum(), mass).item())
+        # Any two orders of summation differ by at most N · eps · sum of |terms|.
+        scale = reduction.mean(losses.abs().sum(), mass).item()
+        bound = len(losses) * torch.finfo(losses.dtype).eps * scale
+        return error, error <= bound
+
+    def _report(self, step: int, disagreeing: list[str]) -> None:
+        message = f"parity, step {step}: {', '.join(disagreeing)} differ from the oracle"
+        if self.config.policy == "raise":
+            raise ParityError(message)
+        if self.config.policy == "warn":
+            log.warning(message)
+
+
+@dataclass
+class _RowErrors:
+    difference: Tensor  # loss - oracle's loss [n]
+    gradient_error: Tensor  # largest component [n]
+    ratio: Tensor  # error over bound [n], inf where it should be finite and is not
+    nonfinite: Tensor  # [n] bool
+    outside: Tensor  # beyond the domain [n] bool
+    judged: Tensor  # inside the domain and finite [n] bool
+
+
+def _row_errors(criterion: Criterion, rows: Rows) -> _RowErrors:
+    logits, target, exact = rows
+    with torch.enable_grad():
+        x = logits.detach().requires_grad_()
+        losses = criterion.per_sample(x, target)
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+    outside = exact.spread > criterion.signature.domain(logits.dtype)
+    nonfinite = ~(losses.isfinite() & gradient.isfinite().all(-1))
+    difference = losses.detach().double() - exact.losses
+    gradient_error = (gradient.double() - exact.gradient).abs().amax(-1)
+    error = torch.maximum(difference.abs(), gradient_error)
+    # An ignored row has bound 0 and must be exactly 0.
+    ratio = torch.where(error == 0, 0, error / exact.bound)
+    ratio = torch.where(nonfinite, math.inf, ratio)
+    return _RowErrors(difference, gradient_error, ratio, nonfinite, outside, ~(outside | nonfinite))
+
+
+def _peak(values: Tensor) -> Tensor:
+    """Largest value of [n], 0 for n = 0; NaN counts as infinite."""
+    values = torch.nan_to_num(values, nan=math.inf, posinf=math.inf)
+    return torch.cat([values, values.new_zeros(1)]).max()
+
+
+def _with_options_of(
+    criterion: Criterion, name: str, class_counts: Tensor | Sequence[int] | None
+) -> Criterion:
+    """The formulation `name` with the run's weights, smoothing and ignored rows."""
+    options = criterion.options
+    shared = {
+        "weight": options.get("weight"),
+        "ignore_index": options.get("ignore_index"),
+        "label_smoothing": options.get("label_smoothing") or 0.0,
+    }
+    used = {key: value for key, value in shared.items() if value not in (None, 0.0)}
+    if used.get("ignore_index") == -100:
+        # PyTorch's default: every run has it, few have such rows.
+        del used["ignore_index"]
+    probe = Criterion(name, class_counts=class_counts)
+    for key in used:
+        if key not in probe.signature.supported:
+            raise LossError(
+                f"parity.formulations: {name!r} has no {key}, which this run uses; leave it out"
+            )
+    return Criterion(name, class_counts=class_counts, **used)

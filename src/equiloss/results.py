@@ -1,0 +1,187 @@
+"""What a run leaves behind in numbers: `metrics.csv` and `results.json`.
+
+metrics.csv holds every logged value as repr(float64), which reads back to the same bits: it is
+the source of all curves and comparisons. (TensorBoard's scalars are float32.)
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from equiloss.checkpoint import write_atomically
+from equiloss.config import SPLIT_METRICS
+
+RESULTS = "results.json"
+METRICS = "metrics.csv"
+CONFIG = "config.yaml"
+
+TRAIN_METRICS = ("loss", "grad_norm", "lr", "samples_per_s", "skipped_steps")
+
+
+def metric_names(formulations: Sequence[str]) -> list[str]:
+    """Every name that a run logs, the same for every loss.
+
+    >>> metric_names(["cross_entropy"])[-3:]
+    ['parity/cross_entropy/nonfinite', 'parity/max_ratio', 'parity/global_error']
+    """
+    return [
+        *(f"train/{name}" for name in TRAIN_METRICS),
+        *(f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS),
+        *(
+            f"parity/{formulation}/{name}"
+            for formulation in formulations
+            for name in ("loss_error", "grad_error", "ratio", "nonfinite")
+        ),
+        "parity/max_ratio",
+        "parity/global_error",
+    ]
+
+
+class MetricsCsv(Logger):
+    """Appends a row to metrics.csv for each call; the columns are fixed from the start.
+
+    Args:
+        directory: The run directory.
+        columns: Names of the metrics that may be logged.
+    """
+
+    def __init__(self, directory: Path, columns: Sequence[str]) -> None:
+        super().__init__()
+        self.path = directory / METRICS
+        self.columns = ["step", *columns]
+        self._file: IO[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Lightning's name of the logger; it makes no directory of its own."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Lightning's version of the logger; it makes no directory of its own."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write one row; a float as its repr, which reads back to the same float64."""
+        if self._file is None:
+            # Line by line, so that a killed run keeps what it logged.
+            self._file = self.path.open("w", newline="", buffering=1, encoding="utf-8")
+            csv.writer(self._file).writerow(self.columns)
+        writer = csv.DictWriter(self._file, self.columns)
+        writer.writerow({"step": step, **metrics})
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Flush; the test after a fit goes on in the same file."""
+        if self._file is not None:
+            self._file.flush()
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+@dataclass
+class Result:
+    """A run in numbers, as `results.json` holds it."""
+
+    status: str
+    """completed | failed | interrupted."""
+    config_hash: str
+    loss: dict[str, Any]
+    """Name and options."""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """Final value of every metric, by its logged name; null where it is not finite."""
+    parity: dict[str, Any] = field(default_factory=dict)
+    """Worst agreement of each formulation, and the verdict."""
+    samples: dict[str, int] = field(default_factory=dict)
+    """Samples trained on (`train_seen`), and evaluated in `val` and `test`."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """Optimizer steps `taken`, of which `skipped` and of which without mass (`zero_mass`)."""
+    world_size: int = 1
+    """Ranks of the real process group."""
+    timing: dict[str, float] = field(default_factory=dict)
+    """startup_s, train_s (without evaluation), samples_per_s."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Versions, device, cpu, threads, git commit."""
+    error: str | None = None
+    """Why it failed."""
+
+    def write(self, directory: Path) -> None:
+        """Replace the directory's results.json; values that are not finite become null."""
+        data = asdict(self)
+        if self.error is None:
+            del data["error"]
+        text = json.dumps(_json_ready(data), indent=2, allow_nan=False)
+        write_atomically(directory / RESULTS, text + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Result:
+        """Read a directory's results.json."""
+        return cls(**json.loads((directory / RESULTS).read_text(encoding="utf-8")))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run may depend on, beside its configuration."""
+    packages = ("equiloss", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core")
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the working directory, with `-dirty` where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == os.EX_OK else None
+
+
+def _json_ready(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

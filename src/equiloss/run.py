@@ -1,0 +1,274 @@
+"""One run: configuration -> objects -> fit -> test -> Result."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
+
+from equiloss import checkpoint, console, models, optim, ranks, results
+from equiloss.checkpoint import AtomicCheckpointIO, Checkpoints
+from equiloss.classifier import Classifier
+from equiloss.config import Config, ResolvedConfig
+from equiloss.data import datasets
+from equiloss.data.datamodule import ImageDataModule
+from equiloss.data.datasets import Splits
+from equiloss.errors import ConfigError, unknown
+from equiloss.losses import reduction
+from equiloss.losses.criterion import Criterion
+from equiloss.parity import ParityMonitor
+from equiloss.results import MetricsCsv, Result, metric_names
+from equiloss.tensorboard import EvaluationFigures, RunTensorBoard
+
+log = logging.getLogger(__name__)
+
+
+def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
+    """Do the configured task in this process, which may be one rank of several.
+
+    Args:
+        resolved: The configuration; the same on every rank.
+        run_dir: Where everything goes; the first rank writes.
+
+    Returns:
+        The result, which is also written to `run_dir/results.json`.
+
+    Raises:
+        UserError: for everything that a user can mend.
+    """
+    started = time.perf_counter()
+    _quieten_lightning()
+    config = resolved.config
+    seed_everything(config.seed, verbose=False)
+    splits = datasets.load(config.data)
+    criterion = Criterion(**config.loss, class_counts=splits.class_counts)
+    criterion.check_classes(splits.num_classes)
+    model = models.build(
+        config.model, num_classes=splits.num_classes, image_shape=splits.image_shape
+    )
+    classifier = Classifier(
+        model,
+        criterion,
+        config,
+        num_classes=splits.num_classes,
+        split_sizes={"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
+    )
+    data = ImageDataModule(
+        splits,
+        config.data,
+        seed=config.seed,
+        ignore_index=criterion.ignore_index,
+        channels_last=config.model.channels_last,
+    )
+    monitor = _parity_monitor(config, criterion, splits)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
+    loggers = _loggers(resolved, run_dir)
+    batch_statistics = models.has_batch_statistics(model)
+    trainer = _trainer(
+        config,
+        run_dir,
+        splits,
+        monitor,
+        checkpoints,
+        loggers,
+        batch_statistics=batch_statistics,
+    )
+    if batch_statistics:
+        _warn_of_batch_statistics(config, trainer)
+    try:
+        metrics = _do(config, trainer, classifier, data, checkpoints)
+    finally:
+        for logger in loggers:
+            logger.close()
+    result = Result(
+        status="completed",
+        config_hash=resolved.hash,
+        loss={"name": criterion.name, "options": criterion.options},
+        metrics={n: metrics[n] for n in metric_names(config.parity.formulations) if n in metrics},
+        parity=monitor.summary() if monitor else {},
+        samples={
+            "train_seen": classifier.train_seen,
+            **{split: found.samples for split, found in classifier.evaluated.items()},
+        },
+        steps={
+            "taken": classifier.global_step,
+            "skipped": classifier.skipped_steps,
+            "zero_mass": classifier.zero_mass_steps,
+        },
+        world_size=reduction.world_size(),
+        timing={
+            "startup_s": max(classifier.training_began - started, 0.0),
+            "train_s": classifier.train_seconds,
+            "samples_per_s": classifier.train_seen / classifier.train_seconds
+            if classifier.train_seconds
+            else 0.0,
+        },
+        environment=results.environment(trainer.strategy.root_device),
+    )
+    if trainer.is_global_zero:
+        result.write(run_dir)
+        console.show(result, run_dir)
+    return result
+
+
+def _do(
+    config: Config,
+    trainer: Trainer,
+    classifier: Classifier,
+    data: ImageDataModule,
+    checkpoints: Checkpoints,
+) -> dict[str, float]:
+    """Fit and test, or evaluate a checkpoint; returns the final value of every metric."""
+    if config.task != "fit":
+        checkpoint.load_weights(classifier, Path(str(config.ckpt_path)))
+        evaluate = trainer.validate if config.task == "validate" else trainer.test
+        evaluate(classifier, datamodule=data, verbose=False)
+        return dict(classifier.scalars)
+    trainer.fit(classifier, datamodule=data)
+    if classifier.validated_step != classifier.global_step:
+        # max_steps ended the run inside an epoch: its last weights are validated too.
+        trainer.validate(classifier, datamodule=data, verbose=False)
+    metrics = dict(classifier.scalars)
+    if config.test_weights == "best":
+        metrics |= checkpoint.load_weights(classifier, checkpoints.best_path)
+    trainer.test(classifier, datamodule=data, verbose=False)
+    return metrics | classifier.split_scalars("test")
+
+
+def _quieten_lightning() -> None:
+    """Leave out what Lightning says on each run and nobody can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        # torch renamed a class that Lightning still uses.
+        ".*isinstance.treespec, LeafSpec.*",
+        # In-memory sets are indexed in this process on purpose: workers would only copy.
+        ".*does not have many workers.*",
+        # The metrics are the same on every rank already: EvaluationMetric has added them up.
+        ".*sync_dist=True.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _parity_monitor(config: Config, criterion: Criterion, splits: Splits) -> ParityMonitor | None:
+    if config.task != "fit" or config.parity.every_n_steps == 0:
+        return None
+    steps = optim.total_steps(
+        config.trainer, train_samples=len(splits.train), batch_size=config.data.batch_size
+    )
+    return ParityMonitor(
+        config.parity,
+        criterion,
+        total_steps=steps,
+        seed=config.seed,
+        class_counts=splits.class_counts,
+    )
+
+
+def _loggers(resolved: ResolvedConfig, run_dir: Path) -> list[MetricsCsv | RunTensorBoard]:
+    formulations = resolved.config.parity.formulations
+    names = metric_names(formulations)
+    loggers: list[MetricsCsv | RunTensorBoard] = [MetricsCsv(run_dir, names)]
+    if resolved.config.logger.tensorboard:
+        board = RunTensorBoard(
+            run_dir,
+            config=resolved.plain,
+            config_text=resolved.text,
+            metrics=names,
+            formulations=formulations,
+        )
+        board.describe_run()
+        loggers.append(board)
+    return loggers
+
+
+def _trainer(
+    config: Config,
+    run_dir: Path,
+    splits: Splits,
+    monitor: ParityMonitor | None,
+    checkpoints: Checkpoints,
+    loggers: Sequence[Logger],
+    *,
+    batch_statistics: bool,
+) -> Trainer:
+    callbacks: list[Callback] = []
+    if config.logger.tensorboard:
+        callbacks.append(EvaluationFigures(splits))
+    if monitor is not None:
+        callbacks.append(monitor)
+    if config.task == "fit":
+        callbacks.append(checkpoints)
+    if config.early_stopping.enabled:
+        stop = config.early_stopping
+        callbacks.append(
+            EarlyStopping(
+                stop.monitor, mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta
+            )
+        )
+    live = config.progress_bar and console.is_live()
+    if config.progress_bar:
+        callbacks.append(console.LiveProgress() if live else console.EpochLines())
+    if config.model_summary:
+        callbacks.append(RichModelSummary())
+
+    known = inspect.signature(Trainer).parameters
+    for name in config.trainer.arguments:
+        if name not in known:
+            raise ConfigError(unknown("argument of Lightning's Trainer", name, known))
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if ranks.is_child():
+        # Lightning would otherwise guess the cluster from variables around us, such as SLURM's.
+        plugins.append(LightningEnvironment())
+
+    options = config.trainer
+    several = ranks.world_size(options) > 1
+    on_gpu = options.accelerator not in ("cpu", "auto") or torch.cuda.is_available()
+    return Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        # Views of the buckets spare a copy of every gradient.
+        strategy=DDPStrategy(gradient_as_bucket_view=True) if several else "auto",
+        precision=options.precision,  # type: ignore[arg-type]  # checked by TrainerConfig
+        max_epochs=-1 if options.max_epochs is None else options.max_epochs,
+        max_steps=-1 if options.max_steps is None else options.max_steps,
+        deterministic=options.deterministic,
+        # SyncBatchNorm exists for GPUs only; on CPU ranks a warning says what follows.
+        sync_batchnorm=several and on_gpu and batch_statistics,
+        log_every_n_steps=options.log_every_n_steps,
+        logger=list(loggers),
+        callbacks=callbacks,
+        plugins=plugins,
+        enable_progress_bar=live,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=run_dir,
+        **options.arguments,
+    )
+
+
+def _warn_of_batch_statistics(config: Config, trainer: Trainer) -> None:
+    if trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        log.warning(
+            "model %r normalises over the batch: each rank uses the statistics of its own slice "
+            "(SyncBatchNorm exists for GPUs only), so results depend on trainer.devices",
+            config.model.name,
+        )
+    if config.trainer.micro_batch_size is not None:
+        log.warning(
+            "model %r normalises over the batch: trainer.micro_batch_size changes its statistics, "
+            "and with them the result",
+            config.model.name,
+        )

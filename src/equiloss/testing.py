@@ -1,0 +1,101 @@
+"""For tests of losses and reductions, here and in plugins: real process groups on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+JOIN_SECONDS = 60
+
+
+def run_ranks(function: Callable[..., _T], world_size: int, *args: Any) -> list[_T]:
+    """Call `function(*args)` on every rank of a real gloo process group.
+
+    Args:
+        function: Importable by name (a function of a module); it may use torch.distributed.
+        world_size: Ranks. Each is a process of its own, 1 included.
+        *args: Arguments, the same on every rank; they are pickled.
+
+    Returns:
+        What the function returned on each rank, in rank order; pickled too.
+
+    Raises:
+        RuntimeError: if a rank raises or dies, with that rank's traceback; the others are ended.
+
+    >>> from equiloss.losses import reduction
+    >>> run_ranks(reduction.world_size, 2)
+    [2, 2]
+    """
+    # A server that has imported torch once, and has no threads, forks ranks quickly and safely.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed"])
+    with tempfile.TemporaryDirectory() as directory:
+        store = Path(directory) / "store"
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [
+            context.Process(
+                target=_rank, args=(send, store, rank, world_size, function, args), daemon=True
+            )
+            for rank, (_, send) in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        for _, send in pipes:
+            send.close()
+        try:
+            return [_receive(rank, receive) for rank, (receive, _) in enumerate(pipes)]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _receive(rank: int, pipe: Connection) -> Any:
+    try:
+        succeeded, value = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"rank {rank} died without a word") from None
+    if not succeeded:
+        raise RuntimeError(f"rank {rank} failed:\n{value}")
+    return value
+
+
+def _rank(
+    pipe: Connection,
+    store: Path,
+    rank: int,
+    world_size: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    # The ranks share this machine's cores: one thread each.
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=JOIN_SECONDS),
+        )
+        # Never fall through to a smaller group.
+        assert dist.get_world_size() == world_size
+        pipe.send((True, function(*args)))
+        dist.barrier()
+    except Exception:  # the caller gets the traceback
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+    os._exit(0)

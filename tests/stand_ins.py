@@ -1,0 +1,199 @@
+"""Networks, data and losses that tests name by import path, in this process and in ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equiloss.models import ConvNet
+
+
+class Scaled(nn.Module):
+    """A linear network on the first pixel block whose logits spread over `gap`."""
+
+    def __init__(self, num_classes: int, gap: float) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.linspace(0, gap, num_classes))
+        self.head = nn.Linear(1, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.offset + 0.01 * self.head(images.mean(dim=(1, 2, 3)).unsqueeze(-1))
+
+
+def scaled(num_classes: int, in_channels: int, gap: float) -> nn.Module:
+    return Scaled(num_classes, gap)
+
+
+class Growing(Scaled):
+    """A linear network whose logits reach a spread of `gap` at the forward pass number `at`."""
+
+    def __init__(self, num_classes: int, gap: float, at: int) -> None:
+        super().__init__(num_classes, 1.0)
+        self.gap, self.at, self.passes = gap, at, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        if self.training:
+            self.passes += 1
+        return logits * self.gap if self.training and self.passes > self.at else logits
+
+
+def growing(num_classes: int, in_channels: int, gap: float, at: int) -> nn.Module:
+    return Growing(num_classes, gap, at)
+
+
+def too_many_logits(num_classes: int, in_channels: int) -> nn.Module:
+    return ConvNet(num_classes + 1, in_channels, widths=(8,))
+
+
+def batch_norm(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(in_channels), nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def raises_before_joining(num_classes: int, in_channels: int, rank: str = "1") -> nn.Module:
+    if os.environ.get("LOCAL_RANK") == str(rank):
+        raise RuntimeError("this rank never joins")
+    return ConvNet(num_classes, in_channels, widths=(8,))
+
+
+class Killed(ConvNet):
+    """Kills its own rank, as the kernel would when memory runs out."""
+
+    def __init__(self, num_classes: int, in_channels: int, rank: str) -> None:
+        super().__init__(num_classes, in_channels, widths=(8,))
+        self.rank, self.passes = str(rank), 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        if self.passes == 5 and os.environ.get("LOCAL_RANK") == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images)
+
+
+def killed(num_classes: int, in_channels: int, rank: str) -> nn.Module:
+    return Killed(num_classes, in_channels, rank)
+
+
+class Slow(ConvNet):
+    """Takes its time, so that a test can interrupt it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(0.2)
+        return super().forward(images)
+
+
+def slow(num_classes: int, in_channels: int) -> nn.Module:
+    return Slow(num_classes, in_channels, widths=(8,))
+
+
+def _images(rows: int) -> Tensor:
+    return torch.randint(0, 256, (rows, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
+
+
+def few_samples(train: int = 3, val: int = 2, test: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
+    return {
+        name: (_images(rows), torch.arange(rows) % 3)
+        for name, rows in (("train", train), ("val", val), ("test", test))
+    }
+
+
+def soft_targets(total: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
+    target = torch.full((30, 3), total / 3)
+    return {name: (_images(30), target) for name in ("train", "val", "test")}
+
+
+def ignored_rows(share: float = 0.25) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every 1/share-th row of each split is ignored."""
+    target = torch.arange(60) % 3
+    target[:: int(1 / share)] = -100
+    return {name: (_images(60), target) for name in ("train", "val", "test")}
+
+
+def bad_label() -> dict[str, tuple[Tensor, Tensor]]:
+    target = torch.arange(30) % 3
+    splits = {name: (_images(30), target.clone()) for name in ("train", "val", "test")}
+    splits["train"][1][7] = -1
+    return splits
+
+
+def wrong_smoothing(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy whose ε is wrong by 1 %."""
+    return F.cross_entropy(
+        logits,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing * 1.01,
+        reduction="none",
+    )
+
+
+def missing_weight(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy that forgets one class's weight."""
+    if weight is not None:
+        weight = weight.clone()
+        weight[1] = 1.0
+    return F.cross_entropy(
+        logits,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+
+
+def extra_ignored_row(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy that ignores its first row too."""
+    losses = F.cross_entropy(
+        logits,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    keep = torch.ones_like(losses)
+    keep[:1] = 0
+    return losses * keep
+
+
+def with_local_means(num_classes: int, in_channels: int) -> nn.Module:
+    """A network whose arrival turns the reduction into the usual mean of local means.
+
+    The control of the invariance tests: every rank divides by the mass of its own slice, and
+    data-parallel training averages the ranks.
+    """
+    from equiloss.losses import reduction
+
+    reduction.start_sum = lambda value: reduction.PendingSum(value.detach().clone(), None)
+    reduction.rank_loss = reduction.mean
+    return ConvNet(num_classes, in_channels, widths=(8, 16))

@@ -1,0 +1,47 @@
+"""Helpers of the tests: composing a configuration, and reading what a run left behind."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from equiloss import config
+from equiloss.config import ResolvedConfig, resolve
+from equiloss.losses import config_source
+from equiloss.results import METRICS, Result
+
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
+
+# Small and quiet: what every test of a whole run starts from.
+QUIET = ("callbacks=quiet", "model.options.widths=[8,16]")
+
+Run = Callable[..., Result]
+Train = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def composed(*overrides: str) -> ResolvedConfig:
+    """The resolved configuration that `train.py` would get."""
+    config.register_schema()
+    config_source.install()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return resolve(compose("config", overrides=list(overrides)))
+
+
+def read_metrics(run_dir: Path, name: str) -> list[float]:
+    """Every logged value of one metric, in the order of the steps."""
+    with (run_dir / METRICS).open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def final_weights(run_dir: Path) -> dict[str, Tensor]:
+    """The network's weights after the last step."""
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    weights: dict[str, Tensor] = checkpoint["state_dict"]
+    return weights
