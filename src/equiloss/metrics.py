@@ -111,12 +111,14 @@ class EvaluationMetric(Metric):
         sums: dict[str, Tensor] = self.compute()
         rows = max(int(sums["rows"]), 1)
         mass = float(sums["loss_mass"])
+        # torchmetrics squeezes what has one element, as the matrix of a single class does.
+        confusion = sums["confusion"].view(self.num_classes, self.num_classes)
         _, confidence, right = sums["calibration"]
         scalars = {
             "loss": float(sums["loss_total"]) / mass if mass > 0 else 0.0,
             "nll": float(sums["nll_total"]) / rows,
-            "acc": int(sums["confusion"].trace()) / rows,
+            "acc": int(confusion.trace()) / rows,
             "acc_top5": int(sums["top5"]) / rows,
             "ece": float((right - confidence).abs().sum()) / rows,
         }
-        return Evaluated(scalars, int(sums["samples"]), sums["confusion"], sums["calibration"])
+        return Evaluated(scalars, int(sums["samples"]), confusion, sums["calibration"])

@@ -11,6 +11,7 @@ cross-entropy run whose logits spread past 87 must not be failed by its monitor.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -154,6 +155,19 @@ class ParityMonitor(Callback):
         self.global_error = 0.0
         self.sums_agree = True
         self.steps = 0
+        self._criterion = criterion
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: Classifier,  # type: ignore[override]
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Keep the loss as this step sees it: the optimizer may change parameters of its own."""
+        self._criterion = pl_module.criterion
+        if self._is_due(pl_module.step_index) and any(True for _ in self._criterion.parameters()):
+            self._criterion = copy.deepcopy(self._criterion)
 
     def on_train_batch_end(
         self,
@@ -165,10 +179,12 @@ class ParityMonitor(Callback):
     ) -> None:
         """Check this step's logits, if it is a parity step."""
         step = pl_module.step_index - 1
-        if step % self.config.every_n_steps and step != self.total_steps - 1:
-            return
-        scalars = self.check(outputs["outcome"], pl_module.criterion, step, trainer.global_rank)
-        pl_module.record(scalars, step)
+        if self._is_due(step):
+            scalars = self.check(outputs["outcome"], self._criterion, step, trainer.global_rank)
+            pl_module.record(scalars, step)
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.config.every_n_steps == 0 or step == self.total_steps - 1
 
     def check(
         self, outcome: StepOutcome, criterion: Criterion, step: int, rank: int

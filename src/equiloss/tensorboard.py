@@ -158,12 +158,13 @@ class EvaluationFigures(Callback):
         logits, target = outputs.float(), batch.target
         if target.is_floating_point():
             target = target.argmax(-1)
-        kept = target != pl_module.criterion.ignore_index
-        logits, target, index = logits[kept], target[kept], batch.index[kept]
-        nll = F.cross_entropy(logits, target, reduction="none")
-        rows = torch.stack(
-            [nll.double(), index.double(), target.double(), logits.argmax(-1).double()], dim=1
-        )  # [n, 4]
+        ignore_index = pl_module.criterion.ignore_index
+        if ignore_index is None:
+            ignore_index = -100
+        # An ignored row has loss 0 and sorts last.
+        nll = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+        columns = (nll, batch.index, target, logits.argmax(-1))
+        rows = torch.stack([column.double() for column in columns], dim=1)  # [n, 4]
         self._worst = _largest(torch.cat([self._worst.to(rows.device), rows]))
 
     def on_test_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]

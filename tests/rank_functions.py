@@ -1,0 +1,125 @@
+"""What tests run on every rank of a real process group: importable by name in the rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from equiloss.losses import Criterion, reduction
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def sums() -> dict[str, Any]:
+    """Reductions of values that differ on each rank r: [r + 1, -r]."""
+    own = torch.tensor([rank() + 1.0, -rank()], dtype=torch.float64)
+    pending = reduction.start_sum(own)
+    summed = pending.wait().tolist()
+    return {
+        "world_size": reduction.world_size(),
+        "start_sum": summed,
+        "sum": reduction.sum_over_ranks(own).tolist(),
+        "max": reduction.max_over_ranks(own).tolist(),
+        "own": own.tolist(),
+        "pending": pending.work is not None,
+    }
+
+
+def two_sums_at_once() -> list[float]:
+    """Two sums under way together, waited for in the other order."""
+    first = reduction.start_sum(torch.tensor(1.0 + rank()))
+    second = reduction.start_sum(torch.tensor(10.0 * (1 + rank())))
+    return [second.wait().item(), first.wait().item()]
+
+
+def gathered(counts: list[int]) -> tuple[list[list[float]], list[int]]:
+    """Rows [n, 2] that know their rank and number, and integers [n], with `counts` on each rank."""
+    own = counts[rank()]
+    rows = (rank() + torch.arange(own) / 100).unsqueeze(-1).expand(own, 2)
+    classes = torch.full((own,), rank())
+    return reduction.gather_rows(rows).tolist(), reduction.gather_rows(classes).tolist()
+
+
+def data_parallel_gradients(
+    weights: Tensor,
+    images: Tensor,
+    target: Tensor,
+    counts: list[int],
+    micro_batch_size: int,
+    choices: Sequence[dict[str, Any]],
+) -> list[dict[str, list[list[float]]]]:
+    """Gradients of a linear network, averaged over ranks as DDP averages them.
+
+    For each choice of options: `rank_loss` is how this project reduces; `local_means` is the
+    control, the mean of each rank's own mean.
+    """
+    own = _slice(counts)
+    images, target = images[own], target[own]
+
+    def averaged(loss: Callable[[Tensor], Tensor]) -> list[list[float]]:
+        network = weights.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(network), network)
+        mean: Tensor = reduction.sum_over_ranks(gradient) / reduction.world_size()
+        return mean.tolist()
+
+    def by_rank_loss(network: Tensor) -> Tensor:
+        mass = reduction.sum_over_ranks(criterion.mass(target, torch.float64))
+        parts = zip(images.split(micro_batch_size), target.split(micro_batch_size), strict=True)
+        return sum(reduction.rank_loss(criterion(x @ network, y).total, mass) for x, y in parts)
+
+    def by_local_mean(network: Tensor) -> Tensor:
+        return reduction.mean(*criterion(images @ network, target))
+
+    found = []
+    for options in choices:
+        criterion = Criterion("cross_entropy", **options)
+        found.append({"rank_loss": averaged(by_rank_loss), "local_means": averaged(by_local_mean)})
+    return found
+
+
+def _slice(counts: list[int]) -> slice:
+    """This rank's rows, where rank r holds `counts[r]` of them."""
+    first = sum(counts[: rank()])
+    return slice(first, first + counts[rank()])
+
+
+def evaluated(
+    logits: Tensor, target: Tensor, counts: list[int], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Figures of an evaluation whose rows are spread over the ranks by `counts`."""
+    # Imported here: torchmetrics takes seconds, and the other ranks' functions do without it.
+    from equiloss.metrics import EvaluationMetric
+
+    own = _slice(counts)
+    criterion = Criterion("cross_entropy", **options)
+    metric = EvaluationMetric(logits.shape[1], ignore_index=-100)
+    metric.update(logits[own], target[own], criterion(logits[own], target[own]))
+    return {
+        name: value.tolist() if isinstance(value, Tensor) else value
+        for name, value in metric.evaluate()._asdict().items()
+    }
+
+
+def own_tensor() -> Tensor:
+    return torch.full((3,), float(rank()))
+
+
+def one_rank_raises(culprit: int) -> float:
+    """The other ranks wait in a collective for the culprit."""
+    if rank() == culprit:
+        raise LookupError(f"this is rank {culprit}'s own mistake")
+    return reduction.sum_over_ranks(torch.ones(())).item()
+
+
+def one_rank_dies(culprit: int) -> float:
+    if rank() == culprit:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return reduction.sum_over_ranks(torch.ones(())).item()

@@ -1,0 +1,294 @@
+"""Whole runs in this process: what they reach, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support import Run, composed, final_weights, read_metrics
+
+from equiloss.checkpoint import CheckpointError
+from equiloss.config import SPLIT_METRICS
+from equiloss.errors import DataError, LossError
+from equiloss.losses import Criterion
+from equiloss.models import ModelError
+from equiloss.results import TRAIN_METRICS, Result
+from equiloss.run import run
+
+FORMULATIONS = ("softmax_nll", "log_softmax_nll", "cross_entropy")
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def test_the_default_run_reads_the_digits(tmp_path: Path) -> None:
+    result = run(composed("callbacks=quiet"), tmp_path)
+    assert result.metrics["test/acc"] >= 0.975
+    assert result.parity["agree"]
+    assert result.samples == {"train_seen": 15 * 1150, "val": 288, "test": 359}
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(
+    not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
+)
+def test_an_epoch_of_the_real_fashion_mnist(tmp_path: Path) -> None:
+    config = composed(
+        "data=fashion_mnist",
+        "trainer.max_epochs=1",
+        "trainer.precision=bf16-mixed",
+        "model.channels_last=true",
+        "callbacks=quiet",
+        "parity.every_n_steps=100",
+    )
+    result = run(config, tmp_path)
+    assert result.samples["test"] == 10_000
+    assert result.samples["train_seen"] + result.samples["val"] == 60_000
+    assert result.metrics["test/acc"] >= 0.85
+    assert result.parity["agree"]
+
+
+def test_results_have_every_key(run_here: Run, tmp_path: Path) -> None:
+    run_here("trainer.max_epochs=2", "loss=softmax_nll", "loss.label_smoothing=0.1")
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["status"] == "completed"
+    assert len(found["config_hash"]) == 64
+    assert found["loss"]["name"] == "softmax_nll"
+    assert found["loss"]["options"]["label_smoothing"] == 0.1
+    names = {f"train/{name}" for name in TRAIN_METRICS}
+    names |= {f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS}
+    names |= {"parity/max_ratio", "parity/global_error"}
+    for formulation in FORMULATIONS:
+        keys = ("loss_error", "grad_error", "ratio", "nonfinite")
+        names |= {f"parity/{formulation}/{key}" for key in keys}
+        verdict = found["parity"][formulation]
+        assert set(verdict) == {*keys, "out_of_domain", "agree"}
+    assert set(found["metrics"]) == names
+    assert found["parity"]["mass_error"] == 0
+    assert found["parity"]["agree"] is True
+    assert found["samples"] == {"train_seen": 2300, "val": 288, "test": 359}
+    assert found["steps"] == {"taken": 46, "skipped": 0, "zero_mass": 0}
+    assert found["world_size"] == 1
+    assert found["timing"].keys() == {"startup_s", "train_s", "samples_per_s"}
+    assert found["timing"]["train_s"] > 0
+    assert found["environment"].keys() == {"versions", "device", "cpu", "threads", "git_commit"}
+    assert "error" not in found
+
+
+def test_metrics_csv_has_every_step(run_here: Run, tmp_path: Path) -> None:
+    result = run_here("trainer.max_epochs=2")
+    losses = read_metrics(tmp_path / "run", "train/loss")
+    assert len(losses) == 46
+    assert losses[-1] == result.metrics["train/loss"]
+    assert len(read_metrics(tmp_path / "run", "val/nll")) == 2
+    assert len(read_metrics(tmp_path / "run", "test/nll")) == 1
+    # Steps 0 and the last.
+    assert len(read_metrics(tmp_path / "run", "parity/max_ratio")) == 2
+
+
+def test_fused_and_log_softmax_train_to_the_same_bits(tmp_path: Path) -> None:
+    """They are the same ATen calls, so float32 on one process cannot tell them apart."""
+    weights = {}
+    for loss in FORMULATIONS:
+        (tmp_path / loss).mkdir()
+        run(composed(f"loss={loss}", "callbacks=quiet", "logger=csv"), tmp_path / loss)
+        weights[loss] = final_weights(tmp_path / loss)
+    for name, weight in weights["cross_entropy"].items():
+        assert torch.equal(weight, weights["log_softmax_nll"][name])
+    # And the comparison can tell another rounding apart.
+    assert any(
+        not torch.equal(weight, weights["softmax_nll"][name])
+        for name, weight in weights["cross_entropy"].items()
+    )
+
+
+def test_all_three_end_alike_in_float64(run_here: Run, tmp_path: Path) -> None:
+    results = [
+        run_here(
+            f"loss={loss}",
+            "trainer.precision=64-true",
+            "trainer.max_epochs=8",
+            "parity.policy=raise",
+            directory=tmp_path / loss,
+        )
+        for loss in FORMULATIONS
+    ]
+    first = results[0].metrics
+    for result in results[1:]:
+        assert result.metrics["test/acc"] == first["test/acc"]
+        # Rounding at 1e-16, amplified by 184 steps of training.
+        assert result.metrics["test/loss"] == pytest.approx(first["test/loss"], rel=1e-9)
+
+
+def test_training_with_another_loss_still_compares_the_three(run_here: Run) -> None:
+    result = run_here(
+        "loss=custom", "loss.target=torch_like:doubled", "trainer.max_epochs=1", "parity=strict"
+    )
+    assert result.parity["agree"]
+    assert set(FORMULATIONS) <= set(result.parity)
+    assert result.metrics["test/loss"] == pytest.approx(2 * result.metrics["test/nll"], rel=1e-6)
+
+
+def test_test_weights_decide_what_is_tested(run_here: Run, tmp_path: Path) -> None:
+    # A learning rate that is far too high at the end makes the last weights the worse ones.
+    options = ("trainer.max_epochs=4", "optimizer.lr=0.2", "scheduler=constant")
+    best = run_here(*options, directory=tmp_path / "best")
+    last = run_here(*options, "test_weights=last", directory=tmp_path / "last")
+    history = read_metrics(tmp_path / "best", "val/nll")
+    assert history == read_metrics(tmp_path / "last", "val/nll")
+    assert best.metrics["val/nll"] == min(history)
+    assert last.metrics["val/nll"] == history[-1]
+
+
+@pytest.mark.parametrize("task", ["validate", "test"])
+def test_a_checkpoint_is_evaluated_as_it_was_in_its_run(
+    task: str, run_here: Run, tmp_path: Path
+) -> None:
+    fitted = run_here("trainer.max_epochs=2", "test_weights=last", directory=tmp_path / "fit")
+    again = run_here(
+        f"task={task}",
+        f"ckpt_path={tmp_path}/fit/checkpoints/last.ckpt",
+        directory=tmp_path / "again",
+    )
+    split = {"validate": "val", "test": "test"}[task]
+    assert {f"{split}/{name}" for name in SPLIT_METRICS} == again.metrics.keys()
+    assert all(value == fitted.metrics[name] for name, value in again.metrics.items())
+
+
+def test_a_checkpoint_of_other_classes_or_networks_is_refused(
+    run_here: Run, tmp_path: Path
+) -> None:
+    run_here("trainer.max_steps=1", directory=tmp_path / "fit")
+    checkpoint = f"ckpt_path={tmp_path}/fit/checkpoints/last.ckpt"
+    with pytest.raises(CheckpointError, match="trained on 10 classes, the data has 3"):
+        run_here("task=test", checkpoint, "data=synthetic", "data.options={num_classes: 3}")
+    with pytest.raises(CheckpointError, match="does not fit model 'convnet'"):
+        run_here("task=test", checkpoint, "model.options.widths=[8,32]")
+
+
+def test_max_steps_inside_an_epoch_still_validates_the_last_weights(run_here: Run) -> None:
+    result = run_here("trainer.max_steps=30")
+    assert result.steps["taken"] == 30
+    assert result.metrics["val/nll"] is not None
+
+
+def test_early_stopping_ends_a_run(run_here: Run) -> None:
+    result = run_here(
+        "early_stopping.enabled=true",
+        "early_stopping.patience=1",
+        "early_stopping.min_delta=10",
+        "trainer.max_epochs=10",
+    )
+    assert result.steps["taken"] == 2 * 23
+
+
+@pytest.mark.parametrize("debug", ["fast", "overfit", "profiler"])
+def test_debug_configs(debug: str, tmp_path: Path) -> None:
+    result = run(composed(f"debug={debug}", "callbacks=quiet"), tmp_path)
+    assert result.status == "completed"
+    if debug == "overfit":
+        assert result.metrics["train/loss"] < 0.02
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["model=mlp", "model.channels_last=true", "optimizer=adamw", "scheduler=one_cycle"],
+)
+def test_shipped_choices_train(option: str, tmp_path: Path) -> None:
+    result = run(composed(option, "trainer.max_epochs=5", "callbacks=quiet"), tmp_path)
+    assert result.metrics["test/acc"] > 0.8
+
+
+def test_a_torchvision_network_trains_on_grey_images(tmp_path: Path) -> None:
+    config = composed(
+        "model=torchvision",
+        "model.name=resnet18",
+        "data=synthetic",
+        "data.options={num_samples: 100, size: 32}",
+        "trainer.max_epochs=1",
+        "callbacks=quiet",
+    )
+    assert run(config, tmp_path).status == "completed"
+
+
+def test_a_compiled_network_is_the_same_network(run_here: Run, tmp_path: Path) -> None:
+    options = ("trainer.max_steps=3", "trainer.precision=64-true", "model=mlp")
+    run(composed(*options, "callbacks=quiet"), tmp_path / "eager")
+    run(composed(*options, "callbacks=quiet", "model.compile=true"), tmp_path / "compiled")
+    eager = read_metrics(tmp_path / "eager", "train/loss")
+    # Fused kernels round otherwise.
+    assert read_metrics(tmp_path / "compiled", "train/loss") == pytest.approx(eager, rel=1e-12)
+
+
+def test_a_network_whose_head_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"gives \[11\] logits per image where the data has 10"):
+        run(composed("model=custom", "model.target=stand_ins:too_many_logits"), tmp_path)
+
+
+def test_targets_that_are_none_are_refused(tmp_path: Path) -> None:
+    custom = ("data=custom", "callbacks=quiet")
+    with pytest.raises(DataError, match="train target 7 is -1"):
+        run(composed(*custom, "data.target=stand_ins:bad_label"), tmp_path)
+    with pytest.raises(DataError, match=r"target 0 sums to 0\.9"):
+        soft = "data.target=stand_ins:soft_targets"
+        run(composed(*custom, soft, "data.options={total: 0.9}"), tmp_path)
+
+
+def test_soft_targets_train(tmp_path: Path) -> None:
+    config = composed(
+        "data=custom", "data.target=stand_ins:soft_targets", "callbacks=quiet", "parity=strict"
+    )
+    result = run(config, tmp_path)
+    # The entropy of three equal probabilities is as low as the loss can go.
+    assert result.metrics["test/nll"] >= torch.tensor(3.0).log().item() - 1e-6  # float32
+
+
+def test_a_loss_with_parameters_learns_and_saves_them(tmp_path: Path) -> None:
+    config = composed(
+        "loss=custom",
+        "loss.target=torch_like:LearnedTemperature",
+        "trainer.max_epochs=1",
+        "callbacks=quiet",
+    )
+    run(config, tmp_path)
+    learned = final_weights(tmp_path)["criterion.loss.log_temperature"]
+    assert learned.item() != 0
+
+
+def test_weights_of_the_wrong_length_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LossError, match="2 values for 10 classes"):
+        run(composed("loss.weight=[1,2]"), tmp_path)
+
+
+def test_batch_norm_is_warned_about_where_it_depends_on_the_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = composed(
+        "model=torchvision",
+        "data=synthetic",
+        "data.options={num_samples: 100, size: 32}",
+        "trainer.max_steps=1",
+        "trainer.micro_batch_size=20",
+        "callbacks=quiet",
+    )
+    run(config, tmp_path)
+    assert "normalises over the batch" in caplog.text
+
+
+def test_a_result_reads_back(tmp_path: Path) -> None:
+    written = Result("completed", "0" * 64, {"name": "cross_entropy", "options": {}})
+    written.metrics = {"val/nll": float("nan"), "val/acc": 0.1}
+    written.write(tmp_path)
+    read = Result.read(tmp_path)
+    assert read.metrics == {"val/nll": None, "val/acc": 0.1}
+    assert read.status == "completed"
+
+
+def test_criterion_is_what_the_run_reports(run_here: Run) -> None:
+    result = run_here("loss=balanced", "trainer.max_steps=1")
+    counts = torch.tensor(result.loss["options"]["weight"]).reciprocal()
+    assert result.loss["name"] == "cross_entropy"
+    assert counts.sum().item() == pytest.approx(10, rel=1e-5)  # float32 reciprocals
+    assert Criterion(result.loss["name"], **result.loss["options"]).options == (
+        result.loss["options"]
+    )
