@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from support import QUIET, ROOT, TESTS, Train, composed
 
 from equiloss import ranks
 from equiloss.results import Result
+from support import QUIET, ROOT, TESTS, Train, composed
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
 CUSTOM = ("model=custom", "callbacks=quiet", "logger=csv", "trainer.max_steps=30")
@@ -195,9 +195,7 @@ def test_a_failed_rank_ends_its_job_within_seconds(train: Train, tmp_path: Path)
     assert reported - last_step < 15
 
 
-def test_a_multirun_over_devices_has_real_groups_of_each_size(
-    train: Train, tmp_path: Path
-) -> None:
+def test_a_multirun_over_devices_has_real_groups_of_each_size(train: Train, tmp_path: Path) -> None:
     done = train(
         "-m",
         *FAST,

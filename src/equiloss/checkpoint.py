@@ -51,12 +51,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         index = _read_index(place.parent)
-        previous = index.get(place.name, {}).get("sha256")
-        # The index is written first and names both digests: whichever file a crash leaves behind
-        # is one of the two.
-        index[place.name] = {"sha256": _digest(temporary), "previous": previous}
-        write_atomically(place.parent / INDEX, json.dumps(index, indent=2) + "\n")
+        digest = _digest(temporary)
+        # The index is written first, with the digests of all that a crash, or several, may leave
+        # behind; once the file is in its place, only its own is left.
+        index[place.name] = [digest, *index.get(place.name, [])]
+        _write_index(place.parent, index)
         temporary.replace(place)
+        index[place.name] = [digest]
+        _write_index(place.parent, index)
 
     def load_checkpoint(
         self,
@@ -73,7 +75,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not place.is_file():
             raise CheckpointError(f"no checkpoint at {place}")
         known = _read_index(place.parent).get(place.name)
-        if known is not None and _digest(place) not in (known["sha256"], known["previous"]):
+        if known is not None and _digest(place) not in known:
             raise CheckpointError(
                 f"{place} is damaged: its SHA-256 is not the one in {place.parent / INDEX}"
             )
@@ -193,6 +195,10 @@ def write_atomically(path: Path, text: str) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_index(directory: Path, index: dict[str, list[str]]) -> None:
+    write_atomically(directory / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _read_index(directory: Path) -> dict[str, Any]:

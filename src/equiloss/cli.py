@@ -37,7 +37,7 @@ def losses(
             row["error"] = str(error)
         rows.append(row)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(rows, indent=2, default=str))
         return
     table = Table("name", "source", "options", "soft targets", "largest logit range")
     for row in rows:

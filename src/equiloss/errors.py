@@ -62,10 +62,10 @@ def unknown(what: str, value: str, choices: Iterable[str]) -> str:
     >>> unknown("optimizer", "sgdw", ["SGD", "Adam"])
     "unknown optimizer 'sgdw'. Did you mean 'SGD'? Known: SGD, Adam"
     """
-    known = {name.lower(): name for name in choices}
+    shown = list(dict.fromkeys(choices))
+    known = {name.lower(): name for name in shown}
     near = [known[match] for match in difflib.get_close_matches(value.lower(), known, n=5)]
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    shown = list(known.values())
     if len(shown) > LISTED and near:
         return f"unknown {what} {value!r}.{hint} Near: {', '.join(near)}; {len(shown)} are known"
     return f"unknown {what} {value!r}.{hint} Known: {', '.join(shown)}"

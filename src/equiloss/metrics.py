@@ -97,7 +97,8 @@ class EvaluationMetric(Metric):
         self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(
             self.confusion
         )
-        bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        # A confidence that is NaN belongs nowhere: it makes the first bin, and with it ece, NaN.
+        bins = (confidence.nan_to_num() * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
         right = (predicted == target).double()
         per_row = torch.stack([torch.ones_like(right), confidence.double(), right])  # [3, N]
         self.calibration.index_add_(1, bins, per_row)

@@ -6,6 +6,7 @@ before training begins, so that a resumed run follows the same curve.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 
@@ -29,6 +30,9 @@ def build_optimizer(config: OptimizerConfig, module: nn.Module) -> Optimizer:
     known = _subclasses(optim, Optimizer)
     if config.name not in known:
         raise ConfigError(unknown("optimizer.name", config.name, known))
+    takes = inspect.signature(getattr(optim, config.name)).parameters
+    if config.weight_decay and "weight_decay" not in takes:
+        raise ConfigError(f"optimizer {config.name} has no weight_decay: set it to 0")
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -58,7 +62,25 @@ def build_scheduler(
             not take.
     """
     warmup = int(config.warmup_fraction * total_steps)
-    known = _subclasses(lr_scheduler, LRScheduler)
+    # A plateau wants a metric at each step, and a schedule here is a function of the step.
+    known = [
+        name
+        for name in _subclasses(lr_scheduler, LRScheduler)
+        if name not in ("ReduceLROnPlateau", "_LRScheduler")
+    ]
+    names = ["constant", "cosine", "one_cycle", *known]
+    if config.name not in names:
+        raise ConfigError(unknown("scheduler.name", config.name, names))
+    if config.name in ("constant", "cosine"):
+        if config.options:
+            raise ConfigError(
+                f"scheduler {config.name} takes no options, got {', '.join(config.options)}"
+            )
+    elif config.warmup_fraction:
+        raise ConfigError(
+            "scheduler.warmup_fraction belongs to constant and cosine: "
+            f"{config.name} takes its own options"
+        )
     try:
         if config.name == "constant":
             return LambdaLR(optimizer, lambda step: _warmup(step, warmup))
@@ -68,14 +90,10 @@ def build_scheduler(
             peak = [float(group["lr"]) for group in optimizer.param_groups]
             # One step more: the schedule is advanced after the last optimizer step as well.
             return OneCycleLR(optimizer, peak, total_steps=total_steps + 1, **config.options)
-        if config.name in known:
-            made: LRScheduler = getattr(lr_scheduler, config.name)(optimizer, **config.options)
-            return made
+        made: LRScheduler = getattr(lr_scheduler, config.name)(optimizer, **config.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"scheduler {config.name}: {error}") from error
-    raise ConfigError(
-        unknown("scheduler.name", config.name, ["constant", "cosine", "one_cycle", *known])
-    )
+    return made
 
 
 def cosine(step: int, warmup_steps: int, total_steps: int) -> float:

@@ -65,6 +65,7 @@ def cross_entropy(
     w = x.new_ones(classes) if weight is None else weight.double()
     if target.is_floating_point():
         t = target.double()
+        kept = torch.ones(rows, dtype=torch.bool, device=x.device)
         mass = x.new_tensor(float(rows))
     else:
         kept = torch.ones_like(target, dtype=torch.bool)
@@ -74,7 +75,7 @@ def cross_entropy(
         one_hot = target.unsqueeze(-1) == torch.arange(classes, device=target.device)  # [N, C]
         t = (one_hot & kept.unsqueeze(-1)).double()
         mass = (t * w).sum()
-    uniform = t.sum(-1, keepdim=True) / classes  # 0 for ignored rows
+    uniform = kept.unsqueeze(-1).double() / classes  # 0 for ignored rows
     a = w * ((1 - label_smoothing) * t + label_smoothing * uniform)  # [N, C]
     q = a.sum(-1)  # [N]
 

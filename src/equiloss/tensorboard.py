@@ -39,6 +39,7 @@ HPARAMS = (
     "trainer.micro_batch_size",
     "trainer.precision",
 )
+NULLABLE = ("loss.label_smoothing", "loss.weight", "trainer.micro_batch_size")
 WORST = 16
 
 
@@ -73,7 +74,9 @@ class RunTensorBoard(TensorBoardLogger):
         """Write hparams, chart layout and config; the metrics' values come with the scalars."""
         writer = self.experiment
         values = hparam_values(self._config)
-        for summary in hparams(values, dict.fromkeys(self._metrics)):  # type: ignore[no-untyped-call]
+        # The tab shows its first columns: what a sweep is judged by.
+        metrics = sorted(self._metrics, key=lambda name: not name.startswith(("test/", "val/")))
+        for summary in hparams(values, dict.fromkeys(metrics)):  # type: ignore[no-untyped-call]
             writer.file_writer.add_summary(summary)
         writer.add_custom_scalars(chart_layout(self._formulations))
         writer.add_text("config", f"```yaml\n{self._config_text}```", 0)
@@ -99,16 +102,17 @@ def hparam_values(config: Mapping[str, Any]) -> dict[str, bool | str | float]:
     """Values of `HPARAMS`, and the loss's own options in one text.
 
     >>> values = hparam_values({"seed": 1, "loss": {"name": "poly1", "epsilon": 2.0}})
-    >>> values["loss.name"], values["loss.options"], values["optimizer.lr"]
-    ('poly1', '{"epsilon": 2.0}', '')
+    >>> values["loss.name"], values["loss.options"], values["loss.weight"]
+    ('poly1', '{"epsilon": 2.0}', 'null')
     """
     values: dict[str, bool | str | float] = {}
     for key in HPARAMS:
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        plain = isinstance(value, (bool, int, float, str))
-        values[key] = value if plain else "" if value is None else json.dumps(value)
+        # A column needs one type: what may be null, or a list, is text in every run.
+        numeric = isinstance(value, (int, float)) and key not in NULLABLE
+        values[key] = value if numeric or isinstance(value, str) else json.dumps(value)
     loss = dict(config["loss"])
     for key in ("name", "label_smoothing", "weight", "ignore_index"):
         loss.pop(key, None)

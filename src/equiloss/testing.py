@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,21 +54,33 @@ def run_ranks(function: Callable[..., _T], world_size: int, *args: Any) -> list[
         for _, send in pipes:
             send.close()
         try:
-            return [_receive(rank, receive) for rank, (receive, _) in enumerate(pipes)]
+            return _collect([receive for receive, _ in pipes])
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _receive(rank: int, pipe: Connection) -> Any:
-    try:
-        succeeded, value = pipe.recv()
-    except EOFError:
-        raise RuntimeError(f"rank {rank} died without a word") from None
-    if not succeeded:
-        raise RuntimeError(f"rank {rank} failed:\n{value}")
-    return value
+def _collect(pipes: list[Connection]) -> list[Any]:
+    """Every rank's result in rank order, or the failure that came first."""
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results])
+        failures = []
+        for rank in (rank for rank, pipe in enumerate(pipes) if pipe in ready):
+            try:
+                succeeded, value, moment = pickle.loads(pipes[rank].recv_bytes())
+            except (EOFError, ConnectionResetError):
+                # A rank that dies takes the others' connections with it: it was before them.
+                raise RuntimeError(f"rank {rank} died without a word") from None
+            if succeeded:
+                results[rank] = value
+            else:
+                failures.append((moment, rank, value))
+        if failures:
+            _, rank, value = min(failures)
+            raise RuntimeError(f"rank {rank} failed:\n{value}")
+    return [results[rank] for rank in range(len(pipes))]
 
 
 def _rank(
@@ -92,10 +106,15 @@ def _rank(
         )
         # Never fall through to a smaller group.
         assert dist.get_world_size() == world_size
-        pipe.send((True, function(*args)))
+        _send(pipe, True, function(*args))
         dist.barrier()
     except Exception:  # the caller gets the traceback
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, False, traceback.format_exc())
     finally:
         pipe.close()
     os._exit(0)
+
+
+def _send(pipe: Connection, succeeded: bool, value: Any) -> None:
+    # By value: multiprocessing would share a tensor's memory, which ends with this process.
+    pipe.send_bytes(pickle.dumps((succeeded, value, time.monotonic())))

@@ -178,7 +178,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
     return logits, target, options
 
 
-identity = settings(deadline=None, derandomize=True, max_examples=30)
+identity = settings(deadline=None, derandomize=True, max_examples=20)
 
 
 def assert_same(got: Tensor, expected: Tensor, tolerance: Tensor) -> None:

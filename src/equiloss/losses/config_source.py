@@ -22,10 +22,10 @@ from omegaconf import MISSING, OmegaConf
 from equiloss.config import open_dict
 from equiloss.errors import LossError
 from equiloss.losses import registry
+from equiloss.losses.registry import CUSTOM
 from equiloss.losses.signature import config_node
 
 SCHEME = "equiloss-losses"
-CUSTOM = "custom"
 
 
 @dataclass

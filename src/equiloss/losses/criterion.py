@@ -76,7 +76,7 @@ class Criterion(nn.Module):
         weight = options.pop("weight", None)
         self.ignore_index: int | None = options.pop("ignore_index", self._default("ignore_index"))
         self.label_smoothing = float(
-            options.pop("label_smoothing", self._default("label_smoothing") or 0.0)
+            options.pop("label_smoothing", self._default("label_smoothing")) or 0.0
         )
         # Not buffers: these follow the logits' dtype, not the module's (bf16-true would round
         # class weights), and DDP would broadcast a buffer before every forward pass.
@@ -218,7 +218,7 @@ class Criterion(nn.Module):
 def _check_options(name: str, signature: Signature, options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if key not in signature.options:
-            if key in ("weight", "label_smoothing") and not value:
+            if key in ("weight", "label_smoothing") and (value is None or _is_zero(value)):
                 continue
             raise LossError(unknown(f"option of loss {name!r}", key, signature.options))
         choices = signature.options[key].choices
@@ -232,8 +232,14 @@ def _check_options(name: str, signature: Signature, options: Mapping[str, Any]) 
     if required:
         raise LossError(f"loss {name!r} requires {', '.join(f'loss.{key}' for key in required)}")
     smoothing = options.get("label_smoothing", 0.0)
-    if "label_smoothing" in signature.options and not 0 <= smoothing <= 1:
+    if "label_smoothing" in signature.options and not (
+        isinstance(smoothing, (int, float)) and 0 <= smoothing <= 1
+    ):
         raise LossError(f"loss.label_smoothing must lie in [0, 1], got {smoothing}")
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == 0
 
 
 def _weights(name: str, weight: Any, counts: Tensor | None) -> Tensor:

@@ -19,6 +19,9 @@ from equiloss.losses.signature import LossFunction, Signature, read
 
 GROUP = "equiloss.losses"
 
+# The name in a configuration of a loss that is given by its import path.
+CUSTOM = "custom"
+
 _BUILT_IN = {
     "cross_entropy": "equiloss.losses.formulations:cross_entropy",
     "log_softmax_nll": "equiloss.losses.formulations:log_softmax_nll",
@@ -99,6 +102,10 @@ def register(loss: _F | None = None, *, name: str | None = None) -> _F | Callabl
         return lambda function: register(function, name=name)
     key = name or loss.__name__
     source = f"{loss.__module__}:{loss.__qualname__}"
+    if key == CUSTOM:
+        raise LossError(
+            f"cannot register {source} as loss {key!r}: that name is kept for losses by import path"
+        )
     for claim in _providers():
         if claim.name == key:
             raise LossError(
@@ -136,6 +143,11 @@ def _plugin(entry_point: EntryPoint) -> Provider:
                 f"loss {entry_point.name!r} of {source} ({entry_point.value}) cannot be "
                 f"imported: {type(error).__name__}: {error}"
             ) from error
+        if not callable(loss):
+            raise LossError(
+                f"loss {entry_point.name!r} of {source} ({entry_point.value}) is a "
+                f"{type(loss).__name__}, not a function or class"
+            )
         return loss
 
     return Provider(entry_point.name, source, load)

@@ -91,7 +91,15 @@ def read(name: str, loss: LossFunction) -> Signature:
         forward: LossFunction = getattr(loss, "forward", loss.__call__)
         call, call_hints = _keywords(name, forward, skip_self=True)
         _check_leading(name, forward, skip_self=True)
-        made, hints = _keywords(name, loss, skip_self=False)
+        made: dict[str, inspect.Parameter] = {}
+        hints: dict[str, Any] = {}
+        if loss.__init__.__qualname__ != "Module.__init__":  # nn.Module's takes anything
+            made, hints = _keywords(name, loss, skip_self=False)
+        for key in (*(key for key in made if key in RESERVED), *(set(call) - set(RESERVED))):
+            raise LossError(
+                f"loss {name!r} takes {key!r} in the wrong place: a module has "
+                f"{', '.join(RESERVED)} in forward, and every other option in __init__"
+            )
         keywords = {**made, **{key: call[key] for key in call if key in RESERVED}}
         hints = {**call_hints, **hints}
         supported = frozenset(call) & set(RESERVED)
@@ -99,6 +107,8 @@ def read(name: str, loss: LossFunction) -> Signature:
         _check_leading(name, loss, skip_self=False)
         keywords, hints = _keywords(name, loss, skip_self=False)
         supported = frozenset(keywords) & set(RESERVED)
+    if "name" in keywords:
+        raise LossError(f"loss {name!r} has an option 'name': loss.name is the name of the loss")
     return Signature(
         options={
             key: _option(key, parameter, hints)
@@ -112,10 +122,17 @@ def read(name: str, loss: LossFunction) -> Signature:
     )
 
 
+def _parameters(name: str, function: LossFunction) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise LossError(f"loss {name!r} has no signature to read its options from") from error
+
+
 def _check_leading(name: str, function: LossFunction, *, skip_self: bool) -> None:
     positional = [
         parameter.name
-        for parameter in inspect.signature(function).parameters.values()
+        for parameter in _parameters(name, function)
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ][skip_self:]
     if positional != ["logits", "target"]:
@@ -128,7 +145,7 @@ def _check_leading(name: str, function: LossFunction, *, skip_self: bool) -> Non
 def _keywords(
     name: str, function: LossFunction, *, skip_self: bool
 ) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
-    parameters = list(inspect.signature(function).parameters.values())[skip_self:]
+    parameters = _parameters(name, function)[skip_self:]
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             raise LossError(
