@@ -3,10 +3,10 @@
 import hydra
 from omegaconf import DictConfig
 
-from equiloss import config, launch
+from equiloss import launch, resolved
 from equiloss.losses import config_source
 
-config.register_schema()
+resolved.register_schema()
 config_source.install()
 
 

@@ -11,9 +11,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from equiloss import config
-from equiloss.config import ResolvedConfig, resolve
+from equiloss import resolved
 from equiloss.losses import config_source
+from equiloss.resolved import ResolvedConfig, resolve
 from equiloss.results import METRICS, Result
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ Train = Callable[..., subprocess.CompletedProcess[str]]
 
 def composed(*overrides: str) -> ResolvedConfig:
     """The resolved configuration that `train.py` would get."""
-    config.register_schema()
+    resolved.register_schema()
     config_source.install()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return resolve(compose("config", overrides=list(overrides)))

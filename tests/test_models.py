@@ -61,7 +61,7 @@ class TestOwnNetworks:
     @pytest.mark.parametrize("name", OWN)
     def test_options_are_those_of_the_class(self, name):
         wide = made(name, options={"widths": [16, 24, 32], "dropout": 0.5})
-        assert wide.head.in_features == 64
+        assert wide.head.in_features == {"convnet": 2 * 32, "mlp": 32}[name]
         assert {m.p for m in wide.modules() if isinstance(m, nn.Dropout)} == {0.5}
         assert not torch.equal(wide.train()(images(2)), wide(images(2)))  # dropout is drawn anew
 

@@ -13,7 +13,7 @@ from equiloss.config import SPLIT_METRICS
 from equiloss.errors import DataError, LossError
 from equiloss.losses import Criterion
 from equiloss.models import ModelError
-from equiloss.results import TRAIN_METRICS, Result
+from equiloss.results import TRAIN_METRICS, Result, metric_names
 from equiloss.run import run
 from support import Run, composed, final_weights, read_metrics
 
@@ -82,6 +82,8 @@ def test_metrics_csv_has_every_step(run_here: Run, tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "run", "test/nll")) == 1
     # Steps 0 and the last.
     assert len(read_metrics(tmp_path / "run", "parity/max_ratio")) == 2
+    for name in metric_names(FORMULATIONS):
+        assert read_metrics(tmp_path / "run", name), f"{name} was never logged"
 
 
 def test_fused_and_log_softmax_train_to_the_same_bits(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
+from equiloss.classifier import Classifier
 from equiloss.errors import NonFiniteError
 from equiloss.results import Result
 from equiloss.run import run
@@ -147,7 +149,16 @@ def run_custom(directory: Path, *overrides: str) -> dict[str, Tensor]:
     return final_weights(directory)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Classifier] = []
+
+    class Kept(Classifier):
+        def on_fit_start(self) -> None:
+            made.append(self)
+
+    monkeypatch.setattr("equiloss.run.Classifier", Kept)
     config = composed(
         "model=custom",
         "model.target=stand_ins:growing",
@@ -163,6 +174,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path
         assert part in message
     assert "loss (5" in message  # the loss itself is still a finite 50 nats
     assert len(read_metrics(tmp_path, "train/loss")) == 3
+    # The weights are those that step 2 left, and saved.
+    saved = final_weights(tmp_path)
+    assert all(torch.equal(made[0].state_dict()[name], saved[name]) for name in saved)
 
 
 def test_a_gradient_that_is_not_finite_stops_every_rank(train: Train, tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from equiloss import ranks
-from equiloss.config import REFUSED_TRAINER_ARGUMENTS, ResolvedConfig, resolve
+from equiloss.config import REFUSED_TRAINER_ARGUMENTS
 from equiloss.errors import ConfigError, UserError, unknown
+from equiloss.resolved import ResolvedConfig, resolve
 
 if TYPE_CHECKING:
     from equiloss.results import Result

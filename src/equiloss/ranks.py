@@ -217,7 +217,7 @@ def _main(run_dir: Path) -> int:
 
         from omegaconf import DictConfig, OmegaConf
 
-        from equiloss.config import resolve
+        from equiloss.resolved import resolve
         from equiloss.run import run
 
         logging.basicConfig(

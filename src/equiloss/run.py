@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from equiloss import checkpoint, console, models, optim, ranks, results
 from equiloss.checkpoint import AtomicCheckpointIO, Checkpoints
 from equiloss.classifier import Classifier
-from equiloss.config import Config, ResolvedConfig
+from equiloss.config import Config
 from equiloss.data import datasets
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import Splits
@@ -28,6 +28,7 @@ from equiloss.errors import ConfigError, unknown
 from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
 from equiloss.parity import ParityMonitor
+from equiloss.resolved import ResolvedConfig
 from equiloss.results import MetricsCsv, Result, metric_names
 from equiloss.tensorboard import EvaluationFigures, RunTensorBoard
 

@@ -13,7 +13,7 @@ from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from equiloss import config
+from equiloss import resolved
 from equiloss.errors import ConfigError, LossError
 from equiloss.losses import Criterion, config_source, registry
 from equiloss.losses.config_source import LossConfigSource
@@ -23,7 +23,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 def composed(*overrides: str, conf: Path = CONF) -> DictConfig:
     """The configuration as `train.py` would get it, before it is resolved."""
-    config.register_schema()
+    resolved.register_schema()
     config_source.install()
     with initialize_config_dir(str(conf), version_base="1.3"):
         return compose("config", overrides=list(overrides))
@@ -103,7 +103,7 @@ class TestNodes:
 
     def test_a_required_option_stays_missing_and_is_named(self, plugin):
         with pytest.raises(ConfigError, match=r"^missing value: loss\.gamma$"):
-            config.resolve(composed(f"loss={plugin}"))
+            resolved.resolve(composed(f"loss={plugin}"))
 
     @pytest.mark.parametrize(
         ("override", "culprit"),
@@ -154,7 +154,7 @@ class TestCustom:
 
     def test_the_target_is_required(self):
         with pytest.raises(ConfigError, match=r"^missing value: loss\.target$"):
-            config.resolve(composed("loss=custom"))
+            resolved.resolve(composed("loss=custom"))
 
 
 class TestVariants:

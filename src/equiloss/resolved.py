@@ -1,0 +1,68 @@
+"""From what Hydra composes to what a run is given: resolved, typed, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from equiloss.config import Config, TrainerConfig
+from equiloss.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A configuration in its three forms: typed, plain, and as the text that is stored."""
+
+    config: Config
+    plain: dict[str, Any]
+    text: str
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the plain form: equal for two runs exactly if every value is equal."""
+        canonical = json.dumps(self.plain, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def resolve(composed: DictConfig) -> ResolvedConfig:
+    """Turn a composed (or stored) configuration into its resolved, typed form.
+
+    Raises:
+        ConfigError: for a required value that is missing, a value that makes no sense, or an
+            argument of Lightning's Trainer that has a key of its own here.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"missing value: {', '.join(missing)}")
+    plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    known = {entry.name for entry in fields(TrainerConfig)}
+    trainer = dict(plain["trainer"])
+    arguments = {key: trainer.pop(key) for key in list(trainer) if key not in known}
+    arguments |= trainer.pop("arguments", {})
+    typed = OmegaConf.merge(
+        OmegaConf.structured(Config),
+        cast(Any, {**plain, "trainer": {**trainer, "arguments": arguments}}),
+    )
+    config = OmegaConf.to_object(typed)
+    assert isinstance(config, Config)
+    return ResolvedConfig(config, plain, OmegaConf.to_yaml(OmegaConf.create(plain)))
+
+
+def short_hash(text: str) -> str:
+    """Eight hexadecimal digits that tell texts apart, for the name of a directory.
+
+    >>> short_hash("loss=softmax_nll,seed=1")
+    '4285a3e0'
+    """
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def register_schema() -> None:
+    """Make `Config` the node `schema` that `conf/config.yaml` starts from."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
