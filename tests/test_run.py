@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,14 @@ def test_batch_norm_is_warned_about_where_it_depends_on_the_split(
     )
     run(config, tmp_path)
     assert "normalises over the batch" in caplog.text
+
+
+def test_the_environment_is_left_alone(run_here: Run) -> None:
+    """What a job of a multirun leaves there, the ranks of the next one would inherit."""
+    before = dict(os.environ)
+    run_here("trainer.max_steps=1", "seed=7")
+    after = dict(os.environ) | {"PYTEST_CURRENT_TEST": before["PYTEST_CURRENT_TEST"]}
+    assert after == before
 
 
 def test_a_result_reads_back(tmp_path: Path) -> None:

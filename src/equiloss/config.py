@@ -30,6 +30,7 @@ REFUSED_TRAINER_ARGUMENTS = {
     "use_distributed_sampler": "data.batch_size is global and split without padding",
     "sync_batchnorm": "it follows from the model and the devices",
     "strategy": "it follows from trainer.devices",
+    "num_nodes": "a run uses the devices of one machine",
     "num_sanity_val_steps": "the parity check and the set-up checks run before the first step",
     "overfit_batches": "use debug=overfit",
     "fast_dev_run": "use debug=fast",

@@ -54,6 +54,8 @@ def launch(composed: DictConfig) -> float:
     claimed = False
     try:
         resolved = resolve(composed)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise ConfigError("torchrun is not needed: train.py starts trainer.devices ranks itself")
         _claim(run_dir, resolved)
         claimed = True
         return _objective(resolved, _run(resolved, run_dir))

@@ -51,7 +51,7 @@ class RankError(UserError):
 def world_size(config: TrainerConfig) -> int:
     """Ranks that a configuration asks for."""
     if config.devices != -1:
-        return config.devices * int(config.arguments.get("num_nodes", 1))
+        return config.devices
     import torch
 
     return max(torch.cuda.device_count(), 1)

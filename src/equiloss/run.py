@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import logging
+import random
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
@@ -51,7 +53,11 @@ def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
     started = time.perf_counter()
     _quieten_lightning()
     config = resolved.config
-    seed_everything(config.seed, verbose=False)
+    # Not Lightning's seed_everything: it sets variables of the environment, which the ranks of a
+    # multirun's next job would inherit.
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
     splits = datasets.load(config.data)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
     criterion.check_classes(splits.num_classes)
