@@ -55,7 +55,9 @@ def launch(composed: DictConfig) -> float:
     try:
         resolved = resolve(composed)
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ConfigError("torchrun is not needed: train.py starts trainer.devices ranks itself")
+            raise ConfigError(
+                "torchrun is not needed: train.py starts trainer.devices ranks itself"
+            )
         _claim(run_dir, resolved)
         claimed = True
         return _objective(resolved, _run(resolved, run_dir))
