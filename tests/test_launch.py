@@ -55,6 +55,7 @@ MISTAKES = [
     ("trainer.device=2", ["'device'", "Did you mean 'devices'?"]),
     ("trainer.precision=16-mixed", ["16-mixed", "GPU", "bf16-mixed"]),
     ("trainer.precision=32", ["'32'", "32-true"]),
+    ("trainer.accelerator=abacus", ["trainer.accelerator=abacus"]),
     ("optimizer.name=sgdw", ["'sgdw'", "Did you mean 'SGD'?"]),
     ("scheduler.name=cosin", ["'cosin'", "Did you mean 'cosine'?"]),
     ("checkpoint.monitor=val/accuracy", ["'val/accuracy'", "val/acc"]),
@@ -210,6 +211,18 @@ def test_a_multirun_over_devices_has_real_groups_of_each_size(train: Train, tmp_
     assert [result.world_size for result in results] == [1, 2, 1, 2]
     assert all(result.status == "completed" for result in results)
     assert len({result.config_hash for result in results}) == 4
+
+
+def test_ranks_may_have_loader_workers(train: Train, tmp_path: Path) -> None:
+    done = train(
+        *FAST,
+        "trainer=ddp_cpu",
+        "data.num_workers=2",
+        f"hydra.run.dir={tmp_path}/run",
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Result.read(tmp_path / "run").world_size == 2
 
 
 def test_three_losses_in_one_command(train: Train, tmp_path: Path) -> None:

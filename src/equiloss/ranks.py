@@ -202,8 +202,13 @@ def _end_with_parent() -> None:
     """End this rank when its supervisor ends, however it ends: its pipe then closes."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin: its lock, held while it waits, would be copied into forked loader
+        # workers, which close their stdin and would wait for it for ever.
+        while os.read(descriptor, 1):
+            pass
         os._exit(1)
+
+    descriptor = sys.stdin.fileno()
 
     threading.Thread(target=watch, daemon=True).start()
 

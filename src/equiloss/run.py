@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from equiloss import checkpoint, console, models, optim, ranks, results
 from equiloss.checkpoint import AtomicCheckpointIO, Checkpoints
@@ -82,15 +83,21 @@ def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
     loggers = _loggers(resolved, run_dir)
     batch_statistics = models.has_batch_statistics(model)
-    trainer = _trainer(
-        config,
-        run_dir,
-        splits,
-        monitor,
-        checkpoints,
-        loggers,
-        batch_statistics=batch_statistics,
-    )
+    try:
+        trainer = _trainer(
+            config,
+            run_dir,
+            splits,
+            monitor,
+            checkpoints,
+            loggers,
+            batch_statistics=batch_statistics,
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(
+            f"trainer.accelerator={config.trainer.accelerator} "
+            f"trainer.devices={config.trainer.devices}: {error}"
+        ) from error
     if batch_statistics:
         _warn_of_batch_statistics(config, trainer)
     try:
