@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from equiloss import checkpoint, console, models, optim, ranks, results
 from equiloss.checkpoint import AtomicCheckpointIO, Checkpoints
@@ -93,7 +93,7 @@ def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
             loggers,
             batch_statistics=batch_statistics,
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:
         raise ConfigError(
             f"trainer.accelerator={config.trainer.accelerator} "
             f"trainer.devices={config.trainer.devices}: {error}"
