@@ -41,7 +41,7 @@ class ParityMonitor(Callback):
     Args:
         config: How often, which formulations, and what a disagreement does.
         criterion: The loss that trains; its weights, smoothing and ignored rows are used.
-        total_steps: Steps of the run; the last one is always checked.
+        total_steps: Steps of a run that goes to its end; the last of them is checked.
         seed: Seed of the probe.
         class_counts: Rows of each training class, for formulations that want them.
 
