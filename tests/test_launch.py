@@ -112,12 +112,16 @@ def test_the_traceback_is_there_for_who_asks(train: Train) -> None:
 def test_a_directory_that_holds_a_run_is_left_alone(train: Train, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     assert train(*FAST, f"hydra.run.dir={directory}").returncode == 0
-    before = {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    before = {
+        file: file.read_bytes()
+        for file in directory.rglob("*")
+        if file.is_file() and file.suffix != ".log"
+    }
     done = train(*FAST, "seed=1", f"hydra.run.dir={directory}")
     assert done.returncode == 1
     assert f"{directory} already holds a run" in done.stderr
-    results = {file for file in before if ".hydra" not in file.parts and file.suffix != ".log"}
-    assert all(file.read_bytes() == before[file] for file in results)
+    assert before
+    assert all(file.read_bytes() == content for file, content in before.items())
 
 
 def test_a_run_that_failed_before_it_began_may_be_repeated(train: Train, tmp_path: Path) -> None:
@@ -129,7 +133,8 @@ def test_a_run_that_failed_before_it_began_may_be_repeated(train: Train, tmp_pat
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_interrupting_a_run_leaves_a_word(devices: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", ["by a terminal", "to the process", "as SIGTERM"])
+def test_interrupting_a_run_leaves_a_word(sent: str, devices: int, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), *CUSTOM]
     command += ["model.target=stand_ins:slow", f"trainer.devices={devices}"]
     process = subprocess.Popen(
@@ -145,8 +150,11 @@ def test_interrupting_a_run_leaves_a_word(devices: int, tmp_path: Path) -> None:
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
         assert time.monotonic() < give_up
         time.sleep(0.1)
-    # As a terminal does: to every process of the group.
-    os.killpg(process.pid, signal.SIGINT)
+    if sent == "by a terminal":
+        # To every process of the group.
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM if sent == "as SIGTERM" else signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130, output
     assert "Traceback" not in output

@@ -46,10 +46,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:  # an interrupt too
+            temporary.unlink(missing_ok=True)
+            raise
         index = _read_index(place.parent)
         digest = _digest(temporary)
         # The index is written first, with the digests of all that a crash, or several, may leave

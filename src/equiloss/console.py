@@ -58,7 +58,7 @@ def show(result: Result, run_dir: Path) -> None:
     for name in SPLIT_METRICS:
         table.add_row(name, *(_readable(name, result.metrics[f"{s}/{name}"]) for s in splits))
     console.print(table)
-    console.print(verdict(result.parity), highlight=False)
+    console.print(verdict(result.parity), soft_wrap=True, highlight=False)
     timing = result.timing
     if timing.get("train_s"):
         console.print(

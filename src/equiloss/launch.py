@@ -78,6 +78,8 @@ def main(application: Callable[[], Any]) -> None:
     What a user caused is shown in one line without a traceback, unless HYDRA_FULL_ERROR=1.
     """
     _failures.clear()
+    # Schedulers end a job with SIGTERM: it is recorded like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _errors_are_raised():
             application()

@@ -86,7 +86,11 @@ def supervise(run_dir: Path, world_size: int, threads: int | None) -> None:
             time.sleep(POLL_SECONDS)
         cause = _cause(ranks, logs)
     except KeyboardInterrupt:
-        # The terminal has sent the ranks the same signal.
+        # Ranks are in sessions of their own, so that each gets the signal exactly once: from
+        # here, whether a terminal, a scheduler or a person sent it to this process.
+        for rank in ranks:
+            if rank.running:
+                rank.process.send_signal(signal.SIGINT)
         _wait(ranks, INTERRUPT_SECONDS)
         raise
     finally:
@@ -138,7 +142,9 @@ def _start(run_dir: Path, number: int, world_size: int, port: int, threads: int 
     command = [sys.executable, "-m", "equiloss.ranks", str(run_dir)]
     if number == 0:
         # The first rank talks to the user.
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, start_new_session=True
+        )
     else:
         with _log_path(run_dir / "ranks", number).open("wb") as output:
             process = subprocess.Popen(
@@ -147,6 +153,7 @@ def _start(run_dir: Path, number: int, world_size: int, port: int, threads: int 
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
     return _Rank(number, process)
 
