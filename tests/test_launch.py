@@ -119,7 +119,8 @@ def test_a_directory_that_holds_a_run_is_left_alone(train: Train, tmp_path: Path
     }
     done = train(*FAST, "seed=1", f"hydra.run.dir={directory}")
     assert done.returncode == 1
-    assert f"{directory} already holds a run" in done.stderr
+    assert f"{directory} already holds a completed run of another" in done.stderr
+    assert "(seed was 0 and is 1)" in done.stderr
     assert before
     assert all(file.read_bytes() == content for file, content in before.items())
 

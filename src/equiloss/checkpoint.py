@@ -1,5 +1,7 @@
 """Checkpoints that are whole or not there: atomic writes, and a digest that is checked on load.
 
+A run that continues from `last.ckpt` is, on as many ranks, the uninterrupted run to the bit.
+
 `checkpoints/last.ckpt` is the full state of the newest step saved, `checkpoints/best.ckpt` the
 weights with the best monitored metric, and `checkpoints/index.json` has a SHA-256 for each (a
 flipped byte in a checkpoint would otherwise load in silence).
@@ -12,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +28,77 @@ from equiloss.errors import UserError
 
 if TYPE_CHECKING:
     from equiloss.classifier import Classifier
+    from equiloss.results import MetricsCsv
 
 INDEX = "index.json"
+KEY = "equiloss"
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint says of its run, beside weights, optimizer and loops.
+
+    Plain data and tensors: a checkpoint is read with `weights_only`.
+    """
+
+    num_classes: int
+    split_sizes: dict[str, int]
+    loss: dict[str, Any]
+    """Name and options, resolved: class weights as numbers."""
+    scalars: dict[str, float]
+    """The newest value of every metric."""
+    samples: dict[str, int]
+    """Samples evaluated of each split, in its newest evaluation."""
+    counts: dict[str, Any]
+    """What was counted so far."""
+    segments: list[dict[str, int]]
+    """As in `results.json`."""
+    rng: list[dict[str, Any]]
+    """State of the random generators of each rank."""
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Put it into a checkpoint."""
+        checkpoint[KEY] = asdict(self)
+
+    @classmethod
+    def load(cls, checkpoint: dict[str, Any], path: Path | str = "the checkpoint") -> RunState:
+        """Take it out of a checkpoint.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        if KEY not in checkpoint:
+            raise CheckpointError(f"{path} was not written by equiloss")
+        return cls(**checkpoint[KEY])
+
+    def check_same_run(self, other: RunState) -> None:
+        """Refuse to continue a run on other data or with another loss.
+
+        Raises:
+            CheckpointError: naming what differs.
+        """
+        pairs = [
+            ("the loss", self.loss["name"], other.loss["name"]),
+            ("the number of classes", self.num_classes, other.num_classes),
+            *(
+                (f"the length of the {split} split", length, other.split_sizes[split])
+                for split, length in self.split_sizes.items()
+            ),
+            *(
+                (f"loss.{option}", value, other.loss["options"].get(option))
+                for option, value in self.loss["options"].items()
+            ),
+        ]
+        for what, before, now in pairs:
+            if before != now:
+                raise CheckpointError(
+                    f"cannot continue: {what} is {now} now and was {before} when the checkpoint "
+                    "was written; start anew with another hydra.run.dir=…"
+                )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -96,14 +164,17 @@ class Checkpoints(Checkpoint):
     Args:
         directory: Where the checkpoints go.
         config: Monitored metric, its direction, and how often the last state is saved.
+        metrics: The run's metrics.csv: a checkpoint says how many of its rows came before.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+    def __init__(self, directory: Path, config: CheckpointConfig, metrics: MetricsCsv) -> None:
         self.directory = directory
         self.config = config
+        self.metrics = metrics
         self.best: float | None = None
         """The best value of the monitored metric so far."""
         self._saved_step = -1
+        self._stopping = False
 
     @property
     def best_path(self) -> Path:
@@ -143,16 +214,24 @@ class Checkpoints(Checkpoint):
         self._save_last(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far."""
-        return {"best": self.best}
+        """The best value, the rows logged, and whether the run was about to stop."""
+        return {"best": self.best, "rows": self.metrics.rows, "stopping": self._stopping}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.best = state_dict["best"]
+        self._stopping = state_dict["stopping"]
+        self.metrics.continue_after(state_dict["rows"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop at once where early stopping had ended the run before it was interrupted."""
+        trainer.should_stop = self._stopping
 
     def _save_last(self, trainer: Trainer) -> None:
         if trainer.global_step != self._saved_step:
             self._saved_step = trainer.global_step
+            self._stopping = trainer.should_stop
+            self.metrics.sync()
             trainer.save_checkpoint(self.last_path)
 
 
@@ -167,13 +246,11 @@ def load_weights(module: Classifier, path: Path) -> dict[str, float]:
             another network.
     """
     loaded = AtomicCheckpointIO().load_checkpoint(path)
-    about = loaded.get("equiloss")
-    if about is None:
-        raise CheckpointError(f"{path} was not written by equiloss")
+    state = RunState.load(loaded, path)
     classes = module.evaluation.num_classes
-    if about["num_classes"] != classes:
+    if state.num_classes != classes:
         raise CheckpointError(
-            f"{path} was trained on {about['num_classes']} classes, the data has {classes}"
+            f"{path} was trained on {state.num_classes} classes, the data has {classes}"
         )
     try:
         module.load_state_dict(loaded["state_dict"])
@@ -182,8 +259,7 @@ def load_weights(module: Classifier, path: Path) -> dict[str, float]:
         raise CheckpointError(
             f"{path} does not fit model {module.config.model.name!r}: {first}"
         ) from error
-    metrics: dict[str, float] = about["val"]
-    return metrics
+    return {name: value for name, value in state.scalars.items() if name.startswith("val/")}
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from equiloss import optim
+from equiloss import optim, rng
+from equiloss.checkpoint import RunState
 from equiloss.config import Config
 from equiloss.data.datasets import Batch
+from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
 from equiloss.metrics import Evaluated, EvaluationMetric
 from equiloss.step import GlobalStep, StepOutcome
 
-COUNTS = ("train_seen", "skipped_steps", "zero_mass_steps", "train_seconds")
+COUNTS = ("train_seen", "skipped_steps", "zero_mass_steps", "train_seconds", "validated_step")
 
 
 class Classifier(LightningModule):
@@ -58,6 +60,10 @@ class Classifier(LightningModule):
         """The newest value of every metric, by its logged name."""
         self.evaluated: dict[str, Evaluated] = {}
         """The newest evaluation of each split."""
+        self.samples: dict[str, int] = {}
+        """Samples evaluated of each split, in its newest evaluation."""
+        self.segments: list[dict[str, int]] = []
+        """From which step on how many ranks trained."""
         self.validated_step = -1
         """Optimizer steps taken when the newest validation ended."""
         self.training_began = 0.0
@@ -67,6 +73,7 @@ class Classifier(LightningModule):
         self.zero_mass_steps = 0
         self.train_seconds = 0.0
         self._since = (0.0, 0)
+        self._saved: RunState | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: [N, C, H, W] -> [N, K]."""
@@ -103,8 +110,14 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_train_start(self) -> None:
-        """Note when training began."""
+        """Note when and from where training began, on how many ranks."""
         self.training_began = time.perf_counter()
+        self.segments.append({"from_step": self.step_index, "world_size": reduction.world_size()})
+        # A run that continues inside an epoch does not start the epoch again.
+        self.on_train_epoch_start()
+        if self._saved is not None and len(self._saved.rng) == reduction.world_size():
+            rng.restore(self._saved.rng[self.global_rank], self.device)
+        self._saved = None
 
     def on_train_epoch_start(self) -> None:
         """Start the clock: it measures training without the evaluations between epochs."""
@@ -176,19 +189,33 @@ class Classifier(LightningModule):
         """The newest values of one split, by their logged names."""
         return {n: value for n, value in self.scalars.items() if n.startswith(f"{split}/")}
 
+    def run_state(self) -> RunState:
+        """What a checkpoint says of the run; every rank must call it."""
+        return RunState(
+            num_classes=self.evaluation.num_classes,
+            split_sizes=self.split_sizes,
+            loss={"name": self.criterion.name, "options": self.criterion.options},
+            scalars=self.scalars,
+            samples=self.samples,
+            counts={name: getattr(self, name) for name in COUNTS},
+            segments=self.segments,
+            rng=reduction.gather_objects(rng.state(self.device)),
+        )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the weights are for, and what was counted so far."""
-        checkpoint["equiloss"] = {
-            "num_classes": self.evaluation.num_classes,
-            "loss": {"name": self.criterion.name, "options": self.criterion.options},
-            "val": self.split_scalars("val"),
-            "counts": {name: getattr(self, name) for name in COUNTS},
-        }
+        """Say what the weights are for, and how far the run had come."""
+        self.run_state().save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting where the checkpoint ended."""
-        for name, value in checkpoint["equiloss"]["counts"].items():
+        """Go on where the checkpoint ended, or refuse to."""
+        saved = RunState.load(checkpoint)
+        saved.check_same_run(self.run_state())
+        for name, value in saved.counts.items():
             setattr(self, name, value)
+        self.scalars = saved.scalars
+        self.samples = saved.samples
+        self.segments = saved.segments
+        self._saved = saved
 
     def _evaluate(self, batch: Batch) -> Tensor:
         logits: Tensor = self(batch.images)
@@ -204,6 +231,7 @@ class Classifier(LightningModule):
                 "each must be evaluated exactly once"
             )
         self.evaluated[split] = result
+        self.samples[split] = result.samples
         scalars = {f"{split}/{name}": value for name, value in result.scalars.items()}
         self.record(scalars, max(self.step_index - 1, 0))
         # For callbacks that monitor a metric. The values are the same on every rank already.

@@ -337,6 +337,8 @@ class Config:
     """Seed of weights, order and augmentation."""
     ckpt_path: str | None = None
     """Checkpoint to evaluate (task=validate or test)."""
+    resume: str = "auto"
+    """auto | never: continue the interrupted run that a directory holds, or refuse to touch it."""
     test_weights: str = "best"
     """best | last: the weights that are tested after a fit."""
     objective: str = "val/nll"
@@ -348,6 +350,7 @@ class Config:
 
     def __post_init__(self) -> None:
         choose("task", self.task, TASKS)
+        choose("resume", self.resume, ("auto", "never"))
         choose("test_weights", self.test_weights, ("best", "last"))
         names = [f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS]
         choose("objective", self.objective, names)

@@ -27,14 +27,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from equiloss import ranks
+from equiloss.claim import TRACEBACK, claim
 from equiloss.config import REFUSED_TRAINER_ARGUMENTS
 from equiloss.errors import ConfigError, UserError, unknown
 from equiloss.resolved import ResolvedConfig, resolve
 
 if TYPE_CHECKING:
     from equiloss.results import Result
-
-TRACEBACK = "error.txt"
 
 _failures: list[str] = []
 
@@ -50,25 +49,17 @@ def launch(composed: DictConfig) -> float:
         exception or NaN would end a sweeper's whole study.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    resolved: ResolvedConfig | None = None
-    claimed = False
     try:
         resolved = resolve(composed)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise ConfigError(
                 "torchrun is not needed: train.py starts trainer.devices ranks itself"
             )
-        _claim(run_dir, resolved)
-        claimed = True
-        return _objective(resolved, _run(resolved, run_dir))
-    except KeyboardInterrupt:
-        if resolved is not None and claimed:
-            _record(resolved, run_dir, "interrupted", "interrupted by the user")
-        raise
+        with claim(run_dir, resolved) as todo:
+            result = _attempt(resolved, run_dir) if todo else _completed(run_dir)
+        return _objective(resolved, result)
     except Exception as error:  # whatever ends a job must not end the sweep
-        _fail(error, run_dir if claimed else None)
-        if resolved is not None and claimed:
-            _record(resolved, run_dir, "failed", explain(error))
+        _report(error)
         return _worst(composed)
 
 
@@ -129,6 +120,33 @@ def _explain_composition(error: BaseException) -> str:
     return message
 
 
+def _attempt(resolved: ResolvedConfig, run_dir: Path) -> Result:
+    """Run, and record how it ended where it did not complete."""
+    try:
+        return _run(resolved, run_dir)
+    except KeyboardInterrupt:
+        _record(resolved, run_dir, "interrupted", "interrupted by the user")
+        raise
+    except Exception as error:
+        _record(resolved, run_dir, "failed", explain(error))
+        trace = run_dir / TRACEBACK
+        trace.write_text(_trace(error), encoding="utf-8")
+        if not isinstance(error, UserError):
+            error.add_note(f"traceback: {trace}")
+        raise
+
+
+def _completed(run_dir: Path) -> Result:
+    """The stored result of a run that has nothing left to do."""
+    from equiloss import console
+    from equiloss.results import Result
+
+    result = Result.read(run_dir)
+    print("this run is completed already:", flush=True)
+    console.show(result, run_dir)
+    return result
+
+
 def _run(resolved: ResolvedConfig, run_dir: Path) -> Result:
     """Run in this process, or supervise ranks; the result is in the directory either way."""
     from equiloss.results import Result
@@ -172,25 +190,6 @@ def _objective(resolved: ResolvedConfig, result: Result) -> float:
     return value
 
 
-def _claim(run_dir: Path, resolved: ResolvedConfig) -> None:
-    """Write the configuration that every rank reads; refuse a directory that holds a run.
-
-    A run that failed before it had saved anything may be repeated in its place.
-    """
-    from equiloss.results import CONFIG, METRICS, RESULTS, Result
-
-    held = [name for name in (METRICS, "checkpoints") if (run_dir / name).exists()]
-    if not held and (run_dir / RESULTS).exists() and Result.read(run_dir).status == "completed":
-        held = [RESULTS]
-    if held:
-        raise ConfigError(
-            f"{run_dir} already holds a run ({', '.join(held)}): name another directory with "
-            "hydra.run.dir=…, or remove this one"
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / CONFIG).write_text(resolved.text, encoding="utf-8")
-
-
 def _record(resolved: ResolvedConfig, run_dir: Path, status: str, error: str) -> None:
     from equiloss.results import Result
 
@@ -203,22 +202,23 @@ def _record(resolved: ResolvedConfig, run_dir: Path, status: str, error: str) ->
     ).write(run_dir)
 
 
-def _fail(error: Exception, run_dir: Path | None) -> None:
+def _report(error: Exception) -> None:
     """Remember a failure and show it."""
     hydra = HydraConfig.get()
     job = f"job {hydra.job.num}: " if hydra.mode == RunMode.MULTIRUN else ""
-    _failures.append(job + explain(error))
-    where = ""
-    trace = "".join(traceback.format_exception(error))
-    if isinstance(error, ranks.RankError) and error.trace:
-        trace = error.trace
-    if run_dir is not None:
-        (run_dir / TRACEBACK).write_text(trace, encoding="utf-8")
-        if not isinstance(error, UserError):
-            where = f" (traceback: {run_dir / TRACEBACK})"
+    line = job + explain(error)
+    _failures.append(line)
     if _wants_traceback():
-        print(trace, file=sys.stderr)
-    print(f"error: {job}{explain(error)}{where}", file=sys.stderr, flush=True)
+        print(_trace(error), file=sys.stderr)
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    print(f"error: {line}{where}", file=sys.stderr, flush=True)
+
+
+def _trace(error: Exception) -> str:
+    """The traceback; of the rank's own error where it happened in a rank."""
+    if isinstance(error, ranks.RankError) and error.trace:
+        return error.trace
+    return "".join(traceback.format_exception(error))
 
 
 def _worst(composed: DictConfig) -> float:

@@ -76,6 +76,8 @@ def supervise(run_dir: Path, world_size: int, threads: int | None) -> None:
     """
     logs = run_dir / "ranks"
     logs.mkdir(exist_ok=True)
+    for stale in logs.iterdir():  # of an attempt that this one continues, on other ranks maybe
+        stale.unlink()
     port = _free_port()
     ranks = [_start(run_dir, rank, world_size, port, threads) for rank in range(world_size)]
     try:

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from equiloss.checkpoint import write_atomically
+from equiloss.checkpoint import CheckpointError, write_atomically
 from equiloss.config import SPLIT_METRICS
 
 RESULTS = "results.json"
@@ -63,6 +63,8 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = directory / METRICS
         self.columns = ["step", *columns]
+        self.rows = 0
+        """Rows written so far."""
         self._file: IO[str] | None = None
 
     @property
@@ -88,6 +90,33 @@ class MetricsCsv(Logger):
             csv.writer(self._file).writerow(self.columns)
         writer = csv.DictWriter(self._file, self.columns)
         writer.writerow({"step": step, **metrics})
+        self.rows += 1
+
+    @rank_zero_only
+    def continue_after(self, rows: int) -> None:
+        """Cut the file after so many rows, and append from there.
+
+        Raises:
+            CheckpointError: if they are not all there, or have other columns.
+        """
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        header = ",".join(self.columns)
+        if len(lines) <= rows or lines[0].decode().strip() != header:
+            raise CheckpointError(
+                f"{self.path} has lost rows: the checkpoint was written after {rows} of them"
+            )
+        kept = sum(map(len, lines[: rows + 1]))
+        self._file = self.path.open("r+", newline="", buffering=1, encoding="utf-8")
+        self._file.truncate(kept)
+        self._file.seek(kept)
+        self.rows = rows
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Have every row on disk, as a checkpoint that counts them is about to be."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -121,6 +150,9 @@ class Result:
     """Optimizer steps `taken`, of which `skipped` and of which without mass (`zero_mass`)."""
     world_size: int = 1
     """Ranks of the real process group."""
+    segments: list[dict[str, int]] = field(default_factory=list)
+    """From which optimizer step on (`from_step`) how many ranks (`world_size`) trained: one entry,
+    and another for each time that the run was continued."""
     timing: dict[str, float] = field(default_factory=dict)
     """startup_s, train_s (without evaluation), samples_per_s."""
     environment: dict[str, Any] = field(default_factory=dict)

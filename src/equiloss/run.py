@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-import random
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,7 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from equiloss import checkpoint, console, models, optim, ranks, results
+from equiloss import checkpoint, console, models, optim, ranks, results, rng
 from equiloss.checkpoint import AtomicCheckpointIO, Checkpoints
 from equiloss.classifier import Classifier
 from equiloss.config import Config
@@ -38,12 +36,15 @@ from equiloss.tensorboard import EvaluationFigures, RunTensorBoard
 log = logging.getLogger(__name__)
 
 
-def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
+def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback] = ()) -> Result:
     """Do the configured task in this process, which may be one rank of several.
+
+    A fit continues from `run_dir/checkpoints/last.ckpt` where that exists.
 
     Args:
         resolved: The configuration; the same on every rank.
         run_dir: Where everything goes; the first rank writes.
+        callbacks: Further callbacks for Lightning's Trainer.
 
     Returns:
         The result, which is also written to `run_dir/results.json`.
@@ -54,11 +55,7 @@ def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
     started = time.perf_counter()
     _quieten_lightning()
     config = resolved.config
-    # Not Lightning's seed_everything: it sets variables of the environment, which the ranks of a
-    # multirun's next job would inherit.
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    rng.seed_everything(config.seed)
     splits = datasets.load(config.data)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
     criterion.check_classes(splits.num_classes)
@@ -80,8 +77,13 @@ def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
         channels_last=config.model.channels_last,
     )
     monitor = _parity_monitor(config, criterion, splits)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
-    loggers = _loggers(resolved, run_dir)
+    metrics_csv = MetricsCsv(run_dir, metric_names(config.parity.formulations))
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, metrics_csv)
+    continued = _continued(config, checkpoints)
+    loggers: list[MetricsCsv | RunTensorBoard] = [
+        metrics_csv,
+        *_boards(resolved, run_dir, continued),
+    ]
     batch_statistics = models.has_batch_statistics(model)
     try:
         trainer = _trainer(
@@ -91,6 +93,7 @@ def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
             monitor,
             checkpoints,
             loggers,
+            callbacks,
             batch_statistics=batch_statistics,
         )
     except (MisconfigurationException, ValueError) as error:
@@ -101,7 +104,7 @@ def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
     if batch_statistics:
         _warn_of_batch_statistics(config, trainer)
     try:
-        metrics = _do(config, trainer, classifier, data, checkpoints)
+        metrics = _do(config, trainer, classifier, data, checkpoints, continued)
     finally:
         for logger in loggers:
             logger.close()
@@ -113,7 +116,7 @@ def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
         parity=monitor.summary() if monitor else {},
         samples={
             "train_seen": classifier.train_seen,
-            **{split: found.samples for split, found in classifier.evaluated.items()},
+            **classifier.samples,
         },
         steps={
             "taken": classifier.global_step,
@@ -121,6 +124,7 @@ def run(resolved: ResolvedConfig, run_dir: Path) -> Result:
             "zero_mass": classifier.zero_mass_steps,
         },
         world_size=reduction.world_size(),
+        segments=classifier.segments,
         timing={
             "startup_s": max(classifier.training_began - started, 0.0),
             "train_s": classifier.train_seconds,
@@ -142,6 +146,7 @@ def _do(
     classifier: Classifier,
     data: ImageDataModule,
     checkpoints: Checkpoints,
+    continued: int | None,
 ) -> dict[str, float]:
     """Fit and test, or evaluate a checkpoint; returns the final value of every metric."""
     if config.task != "fit":
@@ -149,7 +154,13 @@ def _do(
         evaluate = trainer.validate if config.task == "validate" else trainer.test
         evaluate(classifier, datamodule=data, verbose=False)
         return dict(classifier.scalars)
-    trainer.fit(classifier, datamodule=data)
+    if continued is not None and trainer.is_global_zero:
+        print(f"continuing after step {continued}", flush=True)
+    trainer.fit(
+        classifier,
+        datamodule=data,
+        ckpt_path=None if continued is None else checkpoints.last_path,
+    )
     if classifier.validated_step != classifier.global_step:
         # max_steps ended the run inside an epoch: its last weights are validated too.
         trainer.validate(classifier, datamodule=data, verbose=False)
@@ -190,21 +201,28 @@ def _parity_monitor(config: Config, criterion: Criterion, splits: Splits) -> Par
     )
 
 
-def _loggers(resolved: ResolvedConfig, run_dir: Path) -> list[MetricsCsv | RunTensorBoard]:
+def _continued(config: Config, checkpoints: Checkpoints) -> int | None:
+    """Optimizer steps that an interrupted fit had taken when it was last saved, if it was."""
+    if config.task != "fit" or not checkpoints.last_path.is_file():
+        return None
+    steps: int = AtomicCheckpointIO().load_checkpoint(checkpoints.last_path)["global_step"]
+    return steps
+
+
+def _boards(resolved: ResolvedConfig, run_dir: Path, continued: int | None) -> list[RunTensorBoard]:
+    if not resolved.config.logger.tensorboard:
+        return []
     formulations = resolved.config.parity.formulations
-    names = metric_names(formulations)
-    loggers: list[MetricsCsv | RunTensorBoard] = [MetricsCsv(run_dir, names)]
-    if resolved.config.logger.tensorboard:
-        board = RunTensorBoard(
-            run_dir,
-            config=resolved.plain,
-            config_text=resolved.text,
-            metrics=names,
-            formulations=formulations,
-        )
-        board.describe_run()
-        loggers.append(board)
-    return loggers
+    board = RunTensorBoard(
+        run_dir,
+        config=resolved.plain,
+        config_text=resolved.text,
+        metrics=metric_names(formulations),
+        formulations=formulations,
+        first_step=continued,
+    )
+    board.describe_run()
+    return [board]
 
 
 def _trainer(
@@ -214,10 +232,11 @@ def _trainer(
     monitor: ParityMonitor | None,
     checkpoints: Checkpoints,
     loggers: Sequence[Logger],
+    more_callbacks: Sequence[Callback],
     *,
     batch_statistics: bool,
 ) -> Trainer:
-    callbacks: list[Callback] = []
+    callbacks = list(more_callbacks)
     if config.logger.tensorboard:
         callbacks.append(EvaluationFigures(splits))
     if monitor is not None:

@@ -52,6 +52,7 @@ class RunTensorBoard(TensorBoardLogger):
         config_text: The same, as YAML.
         metrics: Names of the metrics that may be logged.
         formulations: Losses whose parity errors share a chart.
+        first_step: Step from which on an earlier attempt's scalars are void, or None.
     """
 
     def __init__(
@@ -62,8 +63,11 @@ class RunTensorBoard(TensorBoardLogger):
         config_text: str,
         metrics: Sequence[str],
         formulations: Sequence[str],
+        first_step: int | None = None,
     ) -> None:
-        super().__init__(directory, name="", version="", default_hp_metric=False)
+        super().__init__(
+            directory, name="", version="", default_hp_metric=False, purge_step=first_step
+        )
         self._config = config
         self._config_text = config_text
         self._metrics = metrics

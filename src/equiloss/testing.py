@@ -39,13 +39,15 @@ def run_ranks(function: Callable[..., _T], world_size: int, *args: Any) -> list[
     """
     # A server that has imported torch once, and has no threads, forks ranks quickly and safely.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", function.__module__])
     with tempfile.TemporaryDirectory() as directory:
         store = Path(directory) / "store"
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
             context.Process(
-                target=_rank, args=(send, store, rank, world_size, function, args), daemon=True
+                # Not a daemon, which might not start loader workers.
+                target=_rank,
+                args=(send, store, rank, world_size, function, args),
             )
             for rank, (_, send) in enumerate(pipes)
         ]

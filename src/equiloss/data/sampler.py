@@ -22,6 +22,15 @@ class Slice(NamedTuple):
     """Positions within the split [n] int64; n may be 0."""
 
 
+def rank_rows(rows: int, rank: int, world_size: int) -> slice:
+    """The rows of a global batch that belong to a rank: contiguous, as equal as they can be.
+
+    >>> [rank_rows(5, rank, 3) for rank in range(3)]
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
+    """
+    return slice(rows * rank // world_size, rows * (rank + 1) // world_size)
+
+
 class GlobalBatchSampler(Sampler[Slice]):
     """Slices of global batches that depend on (seed, epoch), and on nothing that ran before.
 
@@ -88,7 +97,5 @@ class GlobalBatchSampler(Sampler[Slice]):
         self.start_batch = 0
         batches = torch.split(self.order(), self.batch_size)
         for batch in batches[first:]:
-            n = len(batch)
-            start, stop = (n * r // self.world_size for r in (self.rank, self.rank + 1))
             # A copy: a view sent to a worker process would take the whole order along.
-            yield Slice(epoch, batch[start:stop].clone())
+            yield Slice(epoch, batch[rank_rows(len(batch), self.rank, self.world_size)].clone())

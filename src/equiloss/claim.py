@@ -1,0 +1,179 @@
+"""Who may write into a run directory, and whether a configuration continues what it holds.
+
+Naming a directory again continues the run in it, unless `resume=never`. What the run computes
+must then be what it was: a difference is refused, naming the key. How it computes it (devices,
+micro-batches, workers) may change.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from omegaconf import OmegaConf
+
+from equiloss.errors import ConfigError
+from equiloss.resolved import ResolvedConfig
+
+LOCK = ".lock"
+TRACEBACK = "error.txt"
+
+# What only a person sees: a completed run is the same run without it.
+PRESENTATION = frozenset({"progress_bar", "model_summary", "resume"})
+# How the numbers are computed, written down or chosen from, not what they are.
+MAY_CHANGE = PRESENTATION | {
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.threads",
+    "trainer.micro_batch_size",
+    "data.root",
+    "data.download",
+    "data.num_workers",
+    "data.eval_batch_size",
+    "checkpoint.every_n_steps",
+    "logger.tensorboard",
+    "parity.policy",
+    "objective",
+    "test_weights",
+}
+
+
+class Change(NamedTuple):
+    """A key whose value is not the one that a directory's run began with."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {_shown(self.before)} and is {_shown(self.after)}"
+
+
+@contextmanager
+def claim(run_dir: Path, resolved: ResolvedConfig) -> Iterator[bool]:
+    """Hold a run directory for this process, ready for the run, while the context lasts.
+
+    Yields:
+        Whether there is something to do: False if the directory holds this very run, completed.
+
+    Raises:
+        ConfigError: if another process holds the directory, if it holds a run of another
+            configuration, or any run with `resume=never`. The directory is left as it was.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _lock(run_dir):
+        todo = _prepare(run_dir, resolved)
+        yield todo
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """The keys in which two plain configurations differ.
+
+    >>> [str(change) for change in changes({"data": {"batch_size": 50}}, {"seed": 1})]
+    ['data.batch_size was 50 and is not set', 'seed was not set and is 1']
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    return [
+        Change(key, old.get(key, _UNSET), new.get(key, _UNSET))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, _UNSET) != new.get(key, _UNSET)
+    ]
+
+
+def _prepare(run_dir: Path, resolved: ResolvedConfig) -> bool:
+    """Make the directory ready for a run from its start, or for one that continues."""
+    from equiloss.results import CONFIG, METRICS, RESULTS, Result
+
+    config = run_dir / CONFIG
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    results = run_dir / RESULTS
+    completed = results.is_file() and Result.read(run_dir).status == "completed"
+    began = completed or checkpoint.exists() or (run_dir / METRICS).exists()
+    if not (config.is_file() and began):
+        # Nothing, or a run that failed before its first step.
+        _clear(run_dir)
+    else:
+        kind = "completed run" if completed else "run"
+        way_out = "name another directory with hydra.run.dir=…, or remove this one"
+        if resolved.config.resume == "never" or resolved.config.task != "fit":
+            raise ConfigError(f"{run_dir} already holds a {kind}: {way_out}")
+        allowed = PRESENTATION if completed else MAY_CHANGE
+        stored = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(config)))
+        found = [c for c in changes(stored, resolved.plain) if c.key not in allowed]
+        if found:
+            raise ConfigError(
+                f"{run_dir} already holds a {kind} of another configuration "
+                f"({'; '.join(map(str, found))}): {way_out}"
+            )
+        if completed:
+            return False
+        if checkpoint.exists():
+            for name in (RESULTS, TRACEBACK):
+                (run_dir / name).unlink(missing_ok=True)
+        else:
+            _clear(run_dir)
+    config.write_text(resolved.text, encoding="utf-8")
+    return True
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what an attempt without a checkpoint left behind: it begins again."""
+    from equiloss.results import METRICS, RESULTS
+
+    for name in (METRICS, RESULTS, TRACEBACK):
+        (run_dir / name).unlink(missing_ok=True)
+    for events in run_dir.glob("events.out.tfevents.*"):
+        events.unlink()
+    for folder in ("checkpoints", "ranks"):
+        shutil.rmtree(run_dir / folder, ignore_errors=True)
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    # A record lock belongs to this process alone: it ends with it, however it ends, and forked
+    # loader workers that outlive it do not hold it.
+    with (run_dir / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"{run_dir} is in use by {file.read() or 'another process'}: wait for it, or name "
+                "another directory with hydra.run.dir=…"
+            ) from error
+        file.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "not set"
+
+
+_UNSET = _Unset()
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, _Unset) else json.dumps(value)
