@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from equiloss import resolved
 from equiloss.losses import config_source
 from equiloss.resolved import ResolvedConfig, resolve
-from equiloss.results import METRICS, Result
+from equiloss.results import Result
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
@@ -32,12 +31,6 @@ def composed(*overrides: str) -> ResolvedConfig:
     config_source.install()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return resolve(compose("config", overrides=list(overrides)))
-
-
-def read_metrics(run_dir: Path, name: str) -> list[float]:
-    """Every logged value of one metric, in the order of the steps."""
-    with (run_dir / METRICS).open(newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
 def final_weights(run_dir: Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from equiloss.config import ModelConfig
+from equiloss.dropout import RowKeys
 from equiloss.errors import ConfigError
 from equiloss.models import ConvNet, ModelError, build, has_batch_statistics
 
@@ -18,7 +19,9 @@ OWN = ("convnet", "mlp")
 def made(
     name: str, shape: tuple[int, int, int] = (1, 8, 8), *, classes: int = 5, **config: object
 ) -> nn.Module:
-    return build(ModelConfig(name=name, **config), num_classes=classes, image_shape=shape)
+    rows = RowKeys(0)
+    config = ModelConfig(name=name, **config)
+    return build(config, num_classes=classes, image_shape=shape, rows=rows)
 
 
 def images(rows: int, shape: tuple[int, int, int] = (1, 8, 8)) -> Tensor:

@@ -12,9 +12,9 @@ from equiloss.errors import LossError, ParityError
 from equiloss.losses import register, registry
 from equiloss.losses.criterion import Criterion
 from equiloss.parity import ParityMonitor
-from equiloss.results import Result
+from equiloss.results import Result, read_metrics
 from equiloss.step import StepOutcome
-from support import Run, Train, read_metrics
+from support import Run, Train
 
 FAULTS = ("wrong_smoothing", "missing_weight", "extra_ignored_row")
 WEIGHT = [0.5, 1.6, 2.0, 1.5, 0.7, 1.0, 3.0, 1.0, 0.2, 1.1]

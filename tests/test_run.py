@@ -14,9 +14,9 @@ from equiloss.config import SPLIT_METRICS
 from equiloss.errors import DataError, LossError
 from equiloss.losses import Criterion
 from equiloss.models import ModelError
-from equiloss.results import TRAIN_METRICS, Result, metric_names
+from equiloss.results import TRAIN_METRICS, Result, metric_names, read_metrics
 from equiloss.run import run
-from support import Run, composed, final_weights, read_metrics
+from support import Run, composed, final_weights
 
 FORMULATIONS = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from equiloss.classifier import Classifier
 from equiloss.errors import NonFiniteError
-from equiloss.results import Result
+from equiloss.results import Result, read_metrics
 from equiloss.run import run
-from support import Run, Train, composed, final_weights, read_metrics
+from support import Run, Train, composed, final_weights
 
 # 100 float64 steps over the digits, whose 1,150 rows leave no short batch of 50; the fourth
 # epoch is cut short by max_steps.

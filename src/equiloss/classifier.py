@@ -17,6 +17,7 @@ from equiloss import optim, rng
 from equiloss.checkpoint import RunState
 from equiloss.config import Config
 from equiloss.data.datasets import Batch
+from equiloss.dropout import RowKeys
 from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
 from equiloss.metrics import Evaluated, EvaluationMetric
@@ -32,6 +33,7 @@ class Classifier(LightningModule):
         model: Network, images [N, C, H, W] -> logits [N, K].
         criterion: Loss with its options.
         config: The run's configuration.
+        rows: What the network's dropout layers are told of the rows under way.
         num_classes: K.
         split_sizes: Samples of the `train`, `val` and `test` split.
     """
@@ -42,6 +44,7 @@ class Classifier(LightningModule):
         criterion: Criterion,
         config: Config,
         *,
+        rows: RowKeys,
         num_classes: int,
         split_sizes: dict[str, int],
     ) -> None:
@@ -51,6 +54,7 @@ class Classifier(LightningModule):
         self.model = model
         self.criterion = criterion
         self.config = config
+        self.rows = rows
         self.split_sizes = split_sizes
         self.evaluation = EvaluationMetric(num_classes, criterion.ignore_index)
         self.step = GlobalStep(
@@ -117,6 +121,9 @@ class Classifier(LightningModule):
         self.on_train_epoch_start()
         if self._saved is not None and len(self._saved.rng) == reduction.world_size():
             rng.restore(self._saved.rng[self.global_rank], self.device)
+        elif self._saved is not None or self.global_rank > 0:
+            # Ranks that draw by batch must not draw the same.
+            rng.seed_rank(self.config.seed, self.step_index, self.global_rank)
         self._saved = None
 
     def on_train_epoch_start(self) -> None:

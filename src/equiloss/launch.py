@@ -57,6 +57,7 @@ def launch(composed: DictConfig) -> float:
             )
         with claim(run_dir, resolved) as todo:
             result = _attempt(resolved, run_dir) if todo else _completed(run_dir)
+        _show(result, run_dir)
         return _objective(resolved, result)
     except Exception as error:  # whatever ends a job must not end the sweep
         _report(error)
@@ -138,13 +139,16 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path) -> Result:
 
 def _completed(run_dir: Path) -> Result:
     """The stored result of a run that has nothing left to do."""
-    from equiloss import console
     from equiloss.results import Result
 
-    result = Result.read(run_dir)
     print("this run is completed already:", flush=True)
+    return Result.read(run_dir)
+
+
+def _show(result: Result, run_dir: Path) -> None:
+    from equiloss import console
+
     console.show(result, run_dir)
-    return result
 
 
 def _run(resolved: ResolvedConfig, run_dir: Path) -> Result:

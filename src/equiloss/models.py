@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from equiloss.config import ModelConfig
+from equiloss.dropout import RowKeys, key_dropout
 from equiloss.errors import UserError, unknown
 from equiloss.imports import import_target
 
@@ -123,13 +124,20 @@ class MLP(nn.Module):
         return logits
 
 
-def build(config: ModelConfig, *, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+def build(
+    config: ModelConfig,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    rows: RowKeys,
+) -> nn.Module:
     """Build the configured network and check that its head fits the data's classes.
 
     Args:
         config: Name and options.
         num_classes: K.
         image_shape: (C, H, W) of one image.
+        rows: What its dropout layers are told of the rows under way.
 
     Raises:
         ModelError: for an unknown name (with the near miss), options that the network does not
@@ -155,6 +163,7 @@ def build(config: ModelConfig, *, num_classes: int, image_shape: tuple[int, int,
         raise ModelError(f"model {config.name!r} with options {options}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {config.name!r} is a {type(model).__name__}, not an nn.Module")
+    key_dropout(model, rows)
     _check_head(config.name, model, num_classes, image_shape)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -131,6 +131,12 @@ class MetricsCsv(Logger):
             self._file.close()
 
 
+def read_metrics(directory: Path, name: str) -> list[float]:
+    """Every logged value of one metric of a run, in the order of the steps."""
+    with (directory / METRICS).open(newline="", encoding="utf-8") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
 @dataclass
 class Result:
     """A run in numbers, as `results.json` holds it."""

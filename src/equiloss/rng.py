@@ -1,7 +1,7 @@
 """The random generators of a rank: made independent of other ranks', saved and put back.
 
-Order and augmentation do not use them (they are functions of the seed); dropout and whatever
-else a network draws does.
+Order, augmentation and dropout do not use them (they are functions of seed, epoch and sample);
+whatever else a network draws does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from equiloss.data.keyed import Stream, keyed_bits
 
 
 def seed_everything(seed: int) -> None:
@@ -22,6 +24,12 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def seed_rank(seed: int, step: int, rank: int) -> None:
+    """Seed the generators of one rank of several, from a step on, unlike the other ranks'."""
+    bits = keyed_bits(seed, step, torch.tensor([rank]), 1, stream=Stream.RANK)
+    seed_everything(int(bits) % 2**32)
 
 
 def state(device: torch.device) -> dict[str, Any]:

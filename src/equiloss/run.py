@@ -25,6 +25,7 @@ from equiloss.config import Config
 from equiloss.data import datasets
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import Splits
+from equiloss.dropout import RowKeys, draws_by_batch
 from equiloss.errors import ConfigError, unknown
 from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
@@ -34,6 +35,8 @@ from equiloss.results import MetricsCsv, Result, metric_names
 from equiloss.tensorboard import EvaluationFigures, RunTensorBoard
 
 log = logging.getLogger(__name__)
+
+WEIGHTS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback] = ()) -> Result:
@@ -59,13 +62,20 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
     splits = datasets.load(config.data)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
     criterion.check_classes(splits.num_classes)
+    rows = RowKeys(config.seed)
     model = models.build(
-        config.model, num_classes=splits.num_classes, image_shape=splits.image_shape
+        config.model,
+        num_classes=splits.num_classes,
+        image_shape=splits.image_shape,
+        rows=rows,
     )
+    # Lightning would convert after it has loaded a checkpoint, and round float64 on the way.
+    dtype = WEIGHTS.get(config.trainer.precision, torch.float32)
     classifier = Classifier(
-        model,
-        criterion,
+        model.to(dtype),
+        criterion.to(dtype),
         config,
+        rows=rows,
         num_classes=splits.num_classes,
         split_sizes={"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
     )
@@ -103,6 +113,7 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
         ) from error
     if batch_statistics:
         _warn_of_batch_statistics(config, trainer)
+    _warn_of_draws(config, trainer, draws_by_batch(model))
     try:
         metrics = _do(config, trainer, classifier, data, checkpoints, continued)
     finally:
@@ -136,7 +147,6 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
     )
     if trainer.is_global_zero:
         result.write(run_dir)
-        console.show(result, run_dir)
     return result
 
 
@@ -155,7 +165,7 @@ def _do(
         evaluate(classifier, datamodule=data, verbose=False)
         return dict(classifier.scalars)
     if continued is not None and trainer.is_global_zero:
-        print(f"continuing after step {continued}", flush=True)
+        log.info("continuing %s after %d steps", checkpoints.last_path, continued)
     trainer.fit(
         classifier,
         datamodule=data,
@@ -304,4 +314,14 @@ def _warn_of_batch_statistics(config: Config, trainer: Trainer) -> None:
             "model %r normalises over the batch: trainer.micro_batch_size changes its statistics, "
             "and with them the result",
             config.model.name,
+        )
+
+
+def _warn_of_draws(config: Config, trainer: Trainer, layers: Sequence[str]) -> None:
+    if layers and (trainer.world_size > 1 or config.trainer.micro_batch_size is not None):
+        log.warning(
+            "model %r draws random numbers by batch (%s): results depend on trainer.devices and "
+            "trainer.micro_batch_size (torch.nn.Dropout draws by sample here, and does not)",
+            config.model.name,
+            ", ".join(layers),
         )

@@ -82,15 +82,17 @@ class GlobalStep:
         optimizer.zero_grad()
 
         size = self.micro_batch_size or max(len(batch.target), 1)
-        parts = list(
-            zip(torch.split(batch.images, size), torch.split(batch.target, size), strict=True)
-        )
+        fields = (batch.images, batch.target, batch.index)
+        parts = list(zip(*(torch.split(field, size) for field in fields), strict=True))
         total = torch.zeros((), dtype=module.loss_dtype, device=batch.target.device)
         self._logits, self._target = [], batch.target
-        for number, (images, target) in enumerate(parts, start=1):
+        for number, (images, target, index) in enumerate(parts, start=1):
             last = number == len(parts)
             # Gradients travel once per step: with the last micro-batch.
-            with contextlib.nullcontext() if last else self._gradients_stay():
+            with (
+                contextlib.nullcontext() if last else self._gradients_stay(),
+                module.rows.of(index, batch.epoch),
+            ):
                 logits = module(images)  # [n, C, H, W] -> [n, K]
                 part = criterion(logits, target)
                 self._logits.append(logits.detach())

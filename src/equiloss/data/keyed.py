@@ -20,6 +20,8 @@ class Stream(IntEnum):
     AUGMENT = 2
     TRANSFORMS = 3
     SYNTHETIC = 4
+    DROPOUT = 5
+    RANK = 6
 
 
 def keyed_bits(
@@ -68,11 +70,26 @@ def keyed_uniform(
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
 
+def more_uniform(keys: Tensor, number: int, draws: int) -> Tensor:
+    """Uniform numbers in [0, 1), [N, draws] float32, from keys [N] that are hashes themselves.
+
+    Args:
+        keys: Hashed keys [N] int64, of `keyed_bits`.
+        number: Which use of the same keys this is, from 0.
+        draws: Numbers per key.
+    """
+    key = _mix(keys + (number + 1) * _STEP)  # [N]
+    steps = torch.arange(1, draws + 1, device=keys.device) * _GOLDEN
+    return _shift_right(_mix(key[:, None] + steps), 40).to(torch.float32) * 2.0**-24
+
+
 def _signed(pattern: int) -> int:
     return pattern - (1 << 64) if pattern >= 1 << 63 else pattern
 
 
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
+# Another odd step: the multiplier of Steele & Vigna, "LXM", OOPSLA 2021.
+_STEP = _signed(0xD1342543DE82EF95)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 

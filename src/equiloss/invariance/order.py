@@ -1,0 +1,53 @@
+"""Which samples each step sees, and their augmented pixels, for any ranks and loader workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from equiloss.invariance.cells import Cell, Part
+from equiloss.invariance.here import Recorder, read_records, train
+from equiloss.losses import reduction
+from equiloss.testing import run_ranks
+
+WORLD_SIZES = (1, 2, 3)
+WORKERS = (0, 2)
+# An epoch is 25 steps long: the order of the second one is another.
+STEPS = 30
+
+
+def measure(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict[str, Part]:
+    """Train in every arrangement, and compare what each step was given."""
+    part = Part(
+        "Order and pixels",
+        f"{STEPS} steps, over the end of an epoch, on 1 to 3 processes (W) with 0 and 2 loader "
+        "workers each (n). Steps whose samples, in their order, or whose augmented pixels are "
+        "not those of one process without workers; must be 0.",
+    )
+    for world_size in world_sizes:
+        run_ranks(_runs, world_size, directory)
+    expected = read_records(directory / _name(1, 0) / "records.jsonl")
+    assert len(expected) == STEPS
+    assert len({tuple(sorted(record["ids"])) for record in expected}) == STEPS
+    for world_size in world_sizes:
+        for workers in WORKERS:
+            name = _name(world_size, workers)
+            found = read_records(directory / name / "records.jsonl")
+            for row, key in (("samples", "ids"), ("augmented pixels", "pixels")):
+                wrong = sum(a[key] != b[key] for a, b in zip(found, expected, strict=True))
+                part.cells.append(Cell(row, name, wrong, 0))
+    return {"order": part}
+
+
+def _name(world_size: int, workers: int) -> str:
+    return f"W={world_size}, n={workers}"
+
+
+def _runs(directory: Path) -> None:
+    """On every rank: the runs of one world size."""
+    for workers in WORKERS:
+        place = directory / _name(reduction.world_size(), workers)
+        train(
+            place,
+            {"trainer": {"max_steps": STEPS}, "data": {"num_workers": workers}},
+            callbacks=[Recorder(place / "records.jsonl")],
+        )
