@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -200,3 +202,18 @@ def with_local_means(num_classes: int, in_channels: int) -> nn.Module:
     reduction.start_sum = lambda value: reduction.PendingSum(value.detach().clone(), None)
     reduction.rank_loss = reduction.mean
     return ConvNet(num_classes, in_channels, widths=(8, 16))
+
+
+class Noisy(ConvNet):
+    """Draws from every generator of its process in each training step."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        if not self.training:
+            return logits
+        noise = random.random() + np.random.rand() + torch.randn(logits.shape)
+        return logits + noise.to(logits.dtype)
+
+
+def noisy(num_classes: int, in_channels: int) -> nn.Module:
+    return Noisy(num_classes, in_channels, widths=(8,))

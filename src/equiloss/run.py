@@ -56,6 +56,7 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
         UserError: for everything that a user can mend.
     """
     started = time.perf_counter()
+    run_dir.mkdir(parents=True, exist_ok=True)
     _quieten_lightning()
     config = resolved.config
     rng.seed_everything(config.seed)

@@ -113,8 +113,9 @@ class ImageDataModule(lightning.LightningDataModule):
         for key, value in self._order_depends_on().items():
             if state_dict[key] != value:
                 raise UserError(
-                    f"cannot resume: {key} is {value} now and was {state_dict[key]} when the "
-                    "checkpoint was written, which changes the order of samples"
+                    f"cannot continue: {key} is {value} now and was {state_dict[key]} when the "
+                    "checkpoint was written, which changes the order of samples; start anew with "
+                    "another hydra.run.dir=…"
                 )
         self._resume_at = state_dict["epoch"], state_dict["batch"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,40 @@ def measure(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict
         f"relative difference; at most {BOUND:g}.",
     )
     found = {size: run_ranks(_evaluations, size, directory)[0] for size in world_sizes}
-    for length in LENGTHS:
-        expected = found[1][length]
-        for world_size in world_sizes:
-            got = found[world_size][length]
-            column = f"W={world_size}"
-            for name in SPLIT_METRICS:
-                a, b = got["metrics"][f"test/{name}"], expected["metrics"][f"test/{name}"]
-                row = f"N={length}, {name}"
-                if name in COUNTS:
-                    part.cells.append(Cell(row, column, int(a != b), 0))
-                else:
-                    part.cells.append(Cell(row, column, abs(a - b) / abs(b), BOUND))
-            wrong = sum(
-                a != b
-                for ours, theirs in zip(got["confusion"], expected["confusion"], strict=True)
-                for a, b in zip(ours, theirs, strict=True)
-            )
-            part.cells.append(Cell(f"N={length}, confusion matrix", column, wrong, 0))
-            lost = abs(got["samples"] - length) + abs(sum(map(sum, got["confusion"])) - length)
-            part.cells.append(Cell(f"N={length}, samples", column, lost, 0))
+    part.cells = [cell for length in LENGTHS for cell in compare(found, length)]
     return {"evaluation": part}
+
+
+def compare(found: dict[int, dict[int, Figures]], length: int) -> list[Cell]:
+    """Hold every world size's figures of one length against those of one process."""
+    cells = []
+    expected = found[1][length]
+    for world_size, by_length in found.items():
+        got, column = by_length[length], f"W={world_size}"
+
+        def add(row: str, figure: float, bound: float = 0.0, column: str = column) -> None:
+            cells.append(Cell(f"N={length}, {row}", column, figure, bound))
+
+        for name in SPLIT_METRICS:
+            a, b = got.metrics[f"test/{name}"], expected.metrics[f"test/{name}"]
+            if name in COUNTS:
+                add(name, int(a != b))
+            else:
+                add(name, abs(a - b) / abs(b), BOUND)
+        pairs = zip(got.confusion, expected.confusion, strict=True)
+        add("confusion matrix", sum(a != b for rows in pairs for a, b in zip(*rows, strict=True)))
+        # Each sample was seen, and seen once.
+        add("samples", abs(got.samples - length) + abs(sum(map(sum, got.confusion)) - length))
+    return cells
+
+
+@dataclass
+class Figures:
+    """What one evaluation found."""
+
+    metrics: dict[str, Any]
+    samples: int
+    confusion: list[list[int]]
 
 
 class _Keep(Callback):
@@ -65,7 +79,7 @@ class _Keep(Callback):
         self.confusion = pl_module.evaluated["test"].confusion.tolist()
 
 
-def _evaluations(directory: Path) -> dict[int, dict[str, Any]]:
+def _evaluations(directory: Path) -> dict[int, Figures]:
     """On every rank: every length on one world size."""
     trained = directory / "trained"
     if reduction.world_size() == 1:
@@ -85,9 +99,5 @@ def _evaluations(directory: Path) -> dict[int, dict[str, Any]]:
             },
             callbacks=[keep],
         )
-        found[length] = {
-            "metrics": result.metrics,
-            "samples": result.samples["test"],
-            "confusion": keep.confusion,
-        }
+        found[length] = Figures(result.metrics, result.samples["test"], keep.confusion)
     return found

@@ -111,17 +111,17 @@ def measure(world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict[str, Part]:
             f"{BOUNDS[dtype]:g}. A batch with everything ignored has a gradient of exactly 0.",
         )
         for world_size in world_sizes:
-            part.cells += run_ranks(_cells, world_size, dtype)[0]
+            part.cells += run_ranks(cells, world_size, dtype)[0]
         parts[f"gradients_{name}"] = part
     return parts
 
 
-def _cells(dtype: torch.dtype) -> list[Cell]:
+def cells(dtype: torch.dtype) -> list[Cell]:
     """On every rank: the cells of one world size."""
     in_rank()
     world_size = reduction.world_size()
     found = _gradients(dtype)
-    cells = []
+    made = []
     for step, gradient in found:
         batch = _batch(step, dtype)
         case = cases(world_size)[step.case]
@@ -130,7 +130,7 @@ def _cells(dtype: torch.dtype) -> list[Cell]:
         masses = _local_masses(batch, case, step)
         spread = (max(masses) - min(masses)) / (sum(masses) / len(masses) or 1.0)
         nothing = step.case == "everything ignored"
-        cells.append(
+        made.append(
             Cell(
                 row=f"{step.case}, {step.loss}",
                 column=f"W={world_size}, m={step.micro_batches}",
@@ -140,7 +140,7 @@ def _cells(dtype: torch.dtype) -> list[Cell]:
                 control_differs=spread > MASSES_DIFFER,
             )
         )
-    return cells
+    return made
 
 
 def network(dtype: torch.dtype) -> nn.Module:

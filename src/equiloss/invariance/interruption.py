@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from equiloss.invariance import trajectories
 from equiloss.invariance.cells import Cell, Part
 from equiloss.invariance.controls import KillAfterStep, KillInStep, KillInWrite
 from equiloss.invariance.here import Recorder, Tree, read_records, train
@@ -32,8 +33,6 @@ SCHEDULES: dict[str, Tree] = {
     "one-cycle": {"scheduler": {"name": "one_cycle", "warmup_fraction": 0.0}},
 }
 KILLS = {"in step": KillInStep, "after step": KillAfterStep, "in a checkpoint after": KillInWrite}
-# On other ranks the sums are other sums: the bound of `trajectories`.
-BOUND = 1e-11
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def measure(directory: Path) -> dict[str, Part]:
         "samples are not those of the uninterrupted run, and entries of the last checkpoint's "
         "weights, optimizer, schedule and random generators and of metrics.csv that differ "
         "from it in any bit; all must be 0. On another number of processes: the order, and the "
-        f"norm of the weights' difference relative to theirs; at most {BOUND:g}.",
+        f"norm of the weights' difference relative to theirs; at most {trajectories.BOUND:g}.",
     )
     for number, point in enumerate(points()):
         part.cells += _cells(point, directory, number)
@@ -136,17 +135,19 @@ def _cells(point: Point, directory: Path, number: int) -> list[Cell]:
     wrong = sum((a["step"], a["ids"]) != (b["step"], b["ids"]) for a, b in pairs)
     row = str(point)
     cells = [Cell(row, "samples", wrong, 0)]
-    found, wanted = (_last(run_dir) for run_dir in (place, whole))
     if elastic:
-        ours, theirs = (_flat(saved["state_dict"]) for saved in (found, wanted))
-        apart = float((ours - theirs).norm() / theirs.norm())
-        return [*cells, Cell(row, "weights, relative", apart, BOUND)]
-    for column, key in STATES.items():
-        cells.append(Cell(row, column, differing(found[key], wanted[key]), 0))
-    rng = (found["equiloss"]["rng"], wanted["equiloss"]["rng"])
-    cells.append(Cell(row, "generators", differing(*rng), 0))
-    cells.append(Cell(row, "metrics.csv", differing(_rows(place), _rows(whole)), 0))
-    return cells
+        apart = trajectories.weights_apart(place, whole)
+        return [*cells, Cell(row, "weights, relative", apart, trajectories.BOUND)]
+    return [*cells, *(Cell(row, name, count, 0) for name, count in bits(place, whole).items())]
+
+
+def bits(run_dir: Path, reference: Path) -> dict[str, int]:
+    """Entries of two runs' last states, and of their metrics.csv, that differ in any bit."""
+    ours, theirs = (_last(place) for place in (run_dir, reference))
+    found = {name: differing(ours[key], theirs[key]) for name, key in STATES.items()}
+    found["generators"] = differing(ours["equiloss"]["rng"], theirs["equiloss"]["rng"])
+    found["metrics.csv"] = differing(_rows(run_dir), _rows(reference))
+    return found
 
 
 RECORDS, CONTINUED = "records.jsonl", "continued.jsonl"
@@ -197,10 +198,6 @@ def _last(run_dir: Path) -> Tree:
     path = run_dir / "checkpoints" / "last.ckpt"
     saved: Tree = torch.load(path, weights_only=True)
     return saved
-
-
-def _flat(weights: dict[str, Tensor]) -> Tensor:
-    return torch.cat([weights[name].flatten() for name in sorted(weights)])
 
 
 def _rows(run_dir: Path) -> list[dict[str, str]]:

@@ -25,6 +25,13 @@ def measure(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict
     )
     for world_size in world_sizes:
         run_ranks(_runs, world_size, directory)
+    part.cells = compare(directory, world_sizes)
+    return {"order": part}
+
+
+def compare(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> list[Cell]:
+    """Hold every arrangement's records against those of one process without workers."""
+    cells = []
     expected = read_records(directory / _name(1, 0) / "records.jsonl")
     assert len(expected) == STEPS
     assert len({tuple(sorted(record["ids"])) for record in expected}) == STEPS
@@ -34,8 +41,8 @@ def measure(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict
             found = read_records(directory / name / "records.jsonl")
             for row, key in (("samples", "ids"), ("augmented pixels", "pixels")):
                 wrong = sum(a[key] != b[key] for a, b in zip(found, expected, strict=True))
-                part.cells.append(Cell(row, name, wrong, 0))
-    return {"order": part}
+                cells.append(Cell(row, name, wrong, 0))
+    return cells
 
 
 def _name(world_size: int, workers: int) -> str:
