@@ -1,6 +1,7 @@
 # Every target makes the virtual environment and installs by itself.
 #   make train ARGS="loss=softmax_nll seed=1"
 #   make test
+#   make invariance
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ ARGS ?=
 # Two test processes, a thread each: two pools of threads on the same cores are far slower.
 JOBS ?= 2
 
-.PHONY: train test lint clean
+.PHONY: train test lint invariance clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -20,6 +21,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The table and the picture of docs/invariance.md.
+invariance: $(VENV)/train.stamp
+	$(BIN)/equiloss verify invariance --output docs
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

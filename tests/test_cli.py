@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 from equiloss.cli import app
 from equiloss.errors import LossError
+from equiloss.invariance import proof
+from equiloss.invariance.cells import Cell, Part
 from equiloss.losses import registry
 
 FORMULATIONS = {"softmax_nll", "log_softmax_nll", "cross_entropy"}
@@ -88,3 +91,58 @@ def test_without_a_command_it_explains_itself():
 
 def test_an_unknown_command_is_refused():
     assert CliRunner().invoke(app, ["lossess"]).exit_code == 2
+
+
+class TestVerifyInvariance:
+    def test_it_writes_the_table_and_exits_0(self, tmp_path: Path) -> None:
+        output = call("verify", "invariance", "--part", "evaluation", "--output", str(tmp_path))
+        assert "evaluation: 84 figures, all within their bounds" in output
+        report = json.loads((tmp_path / "invariance.json").read_text())
+        assert report["holds"] is True
+        assert report["parts"].keys() == {"evaluation"}
+        assert len(report["parts"]["evaluation"]["cells"]) == 84
+        page = (tmp_path / "invariance.md").read_text()
+        assert "| N=359, confusion matrix | 0 | 0 | 0 | 0 |" in page
+
+    def test_a_figure_beyond_its_bound_is_shown_and_exits_1(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cells = [Cell("loss", "W=2", 1e-3, 1e-12), Cell("loss", "W=3", 0.0, 1e-12)]
+        part = {"evaluation": Part("Evaluation", "What was done.", cells)}
+        monkeypatch.setitem(proof.PARTS, "evaluation", lambda _: part)
+        arguments = ["verify", "invariance", "--part", "evaluation", "--output", str(tmp_path)]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1
+        assert "1 BEYOND THEIR BOUND" in result.output
+        page = (tmp_path / "invariance.md").read_text()
+        assert "Verdict: **BROKEN**" in page
+        assert "| loss | **1.0e-03** | 0 |" in page
+        assert json.loads((tmp_path / "invariance.json").read_text())["holds"] is False
+
+    def test_an_unknown_part_gets_one_line(self, tmp_path: Path) -> None:
+        arguments = ["verify", "invariance", "--part", "gradient", "--output", str(tmp_path)]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1
+        assert result.output.startswith("error: unknown part 'gradient'. Did you mean 'gradients'?")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestCells:
+    @pytest.mark.parametrize(
+        ("cell", "holds"),
+        [
+            (Cell("", "", 0.0, 0.0), True),
+            (Cell("", "", 2e-12, 1e-12), False),
+            (Cell("", "", float("nan"), 1e-12), False),
+            # The control must be found out where it has to differ.
+            (Cell("", "", 0.0, 0.0, control=0.5, control_differs=True), True),
+            (Cell("", "", 0.0, 0.0, control=float("nan"), control_differs=True), True),
+            (Cell("", "", 0.0, 0.0, control=1e-9, control_differs=True), False),
+            (Cell("", "", 0.0, 0.0, control=1e-9), True),
+        ],
+    )
+    def test_when_a_cell_holds(self, cell: Cell, holds: bool) -> None:
+        assert cell.holds is holds
+
+    def test_a_part_without_cells_proves_nothing(self) -> None:
+        assert not Part("", "").holds

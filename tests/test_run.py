@@ -276,6 +276,24 @@ def test_batch_norm_is_warned_about_where_it_depends_on_the_split(
     assert "normalises over the batch" in caplog.text
 
 
+@pytest.mark.parametrize(("name", "warned"), [("efficientnet_b0", True), ("squeezenet1_1", False)])
+def test_layers_that_draw_by_batch_are_warned_about(
+    name: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both have dropout, which draws by sample; one has stochastic depth, which does not."""
+    config = composed(
+        "model=torchvision",
+        f"model.name={name}",
+        "data=synthetic",
+        "data.options={num_samples: 60, size: 32}",
+        "trainer.max_steps=1",
+        "trainer.micro_batch_size=20",
+        "callbacks=quiet",
+    )
+    run(config, tmp_path)
+    assert ("draws random numbers by batch (StochasticDepth)" in caplog.text) == warned
+
+
 def test_the_environment_is_left_alone(run_here: Run) -> None:
     """What a job of a multirun leaves there, the ranks of the next one would inherit."""
     before = dict(os.environ)

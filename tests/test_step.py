@@ -47,16 +47,12 @@ def weight_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize("devices", [2, 3])
-def test_every_step_is_that_of_one_process(
-    devices: int, one_process: Path, train: Train, tmp_path: Path
-) -> None:
+def test_every_step_is_that_of_one_process(one_process: Path, train: Train, tmp_path: Path) -> None:
+    """As a user launches it; `equiloss.invariance.trajectories` has the other splits."""
     several = tmp_path / "several"
-    done = train(
-        *OPTIONS, "trainer=ddp_cpu", f"trainer.devices={devices}", f"hydra.run.dir={several}"
-    )
+    done = train(*OPTIONS, "trainer=ddp_cpu", f"hydra.run.dir={several}")
     assert done.returncode == 0, done.stderr
-    assert Result.read(several).world_size == devices
+    assert Result.read(several).world_size == 2
     # Float64 rounds at 1e-16; 100 steps amplify that to some 1e-14.
     losses = [read_metrics(place, "train/loss") for place in (several, one_process)]
     assert relative_difference(*losses) < 1e-12
@@ -78,17 +74,6 @@ def test_control_a_mean_of_local_means_is_another_number(
     losses = [read_metrics(place, "train/loss") for place in (several, one_process)]
     assert relative_difference(*losses) > 1e-3
     assert weight_difference(final_weights(several), final_weights(one_process)) > 1e-3
-
-
-@pytest.mark.parametrize("size", [1, 7, 25])
-def test_micro_batches_change_nothing(
-    size: int, one_process: Path, run_here: Run, tmp_path: Path
-) -> None:
-    run_here(*OPTIONS, f"trainer.micro_batch_size={size}")
-    losses = [read_metrics(place, "train/loss") for place in (tmp_path / "run", one_process)]
-    assert relative_difference(*losses) < 1e-12  # as above
-    weights = final_weights(tmp_path / "run")
-    assert weight_difference(weights, final_weights(one_process)) < 1e-10
 
 
 def test_more_processes_than_samples(train: Train, tmp_path: Path) -> None:

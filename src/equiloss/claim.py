@@ -25,6 +25,7 @@ from equiloss.resolved import ResolvedConfig
 
 LOCK = ".lock"
 TRACEBACK = "error.txt"
+LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
 # What only a person sees: a completed run is the same run without it.
 PRESENTATION = frozenset({"progress_bar", "model_summary", "resume"})
@@ -93,7 +94,7 @@ def _prepare(run_dir: Path, resolved: ResolvedConfig) -> bool:
     from equiloss.results import CONFIG, METRICS, RESULTS, Result
 
     config = run_dir / CONFIG
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    checkpoint = run_dir / LAST_CHECKPOINT
     results = run_dir / RESULTS
     completed = results.is_file() and Result.read(run_dir).status == "completed"
     began = completed or checkpoint.exists() or (run_dir / METRICS).exists()

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from equiloss import ranks
-from equiloss.claim import TRACEBACK, claim
+from equiloss.claim import LAST_CHECKPOINT, TRACEBACK, claim
 from equiloss.config import REFUSED_TRAINER_ARGUMENTS
 from equiloss.errors import ConfigError, UserError, unknown
 from equiloss.resolved import ResolvedConfig, resolve
@@ -127,6 +127,12 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path) -> Result:
         return _run(resolved, run_dir)
     except KeyboardInterrupt:
         _record(resolved, run_dir, "interrupted", "interrupted by the user")
+        if (run_dir / LAST_CHECKPOINT).exists():
+            print(
+                f"interrupted: the same command with hydra.run.dir={run_dir} goes on from the "
+                "last checkpoint",
+                file=sys.stderr,
+            )
         raise
     except Exception as error:
         _record(resolved, run_dir, "failed", explain(error))
