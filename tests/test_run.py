@@ -16,7 +16,7 @@ from equiloss.losses import Criterion
 from equiloss.models import ModelError
 from equiloss.results import TRAIN_METRICS, Result, metric_names, read_metrics
 from equiloss.run import run
-from support import Run, composed, final_weights
+from support import Run, Train, composed, final_weights
 
 FORMULATIONS = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -274,6 +274,58 @@ def test_batch_norm_is_warned_about_where_it_depends_on_the_split(
     )
     run(config, tmp_path)
     assert "normalises over the batch" in caplog.text
+
+
+def test_batch_norm_is_warned_about_on_cpu_ranks(train: Train, tmp_path: Path) -> None:
+    done = train(
+        "model=custom",
+        "model.target=stand_ins:batch_norm",
+        "trainer=ddp_cpu",
+        "trainer.max_steps=1",
+        "callbacks=quiet",
+        f"hydra.run.dir={tmp_path}/run",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SyncBatchNorm exists for GPUs only" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "model", "synchronised"),
+    [
+        ("gpu", 2, "resnet18", True),
+        ("gpu", 1, "resnet18", False),
+        ("gpu", 2, "squeezenet1_1", False),  # no batch norm
+        ("cpu", 2, "resnet18", False),
+    ],
+)
+def test_batch_norm_is_synchronised_on_several_gpus(
+    accelerator: str,
+    devices: int,
+    model: str,
+    synchronised: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What Lightning is asked for: there need be no GPU."""
+
+    class AskedError(Exception):
+        pass
+
+    def ask(**arguments: object) -> None:
+        raise AskedError(arguments["sync_batchnorm"])
+
+    monkeypatch.setattr("equiloss.run.Trainer", ask)
+    config = composed(
+        "model=torchvision",
+        f"model.name={model}",
+        "data=synthetic",
+        "data.options={num_samples: 60, size: 32}",
+        f"trainer.accelerator={accelerator}",
+        f"trainer.devices={devices}",
+    )
+    with pytest.raises(AskedError) as asked:
+        run(config, tmp_path)
+    assert asked.value.args == (synchronised,)
 
 
 @pytest.mark.parametrize(("name", "warned"), [("efficientnet_b0", True), ("squeezenet1_1", False)])
