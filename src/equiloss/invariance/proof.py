@@ -56,7 +56,8 @@ def prove(
         worst = max(cell.figure for cell in cells)
         verdict = f"{broken} BEYOND THEIR BOUND" if broken else "all within their bounds"
         tell(f"{name}: {len(cells)} figures, {verdict}, largest {worst:.1e} ({seconds:.0f} s)")
-    report = Report(found, environment(torch.device("cpu")))
+    # The ranks have a thread each, whatever this process has.
+    report = Report(found, environment(torch.device("cpu")) | {"threads": 1})
     report.write(directory)
     draw(report, directory / "invariance.png")
     return report
