@@ -145,6 +145,8 @@ def test_interrupting_a_run_leaves_a_word(sent: str, devices: int, tmp_path: Pat
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell may have started these tests in its background, where SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     metrics = tmp_path / "run" / "metrics.csv"
     give_up = time.monotonic() + 60

@@ -371,3 +371,17 @@ def test_criterion_is_what_the_run_reports(run_here: Run) -> None:
     assert (
         Criterion(result.loss["name"], **result.loss["options"]).options == (result.loss["options"])
     )
+
+
+def test_what_the_metrics_were_made_from_is_kept(run_here: Run, tmp_path: Path) -> None:
+    result = run_here("trainer.max_epochs=1")
+    kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert kept["class_names"] == [str(digit) for digit in range(10)]
+    for split, rows in (("val", 288), ("test", 359)):
+        confusion = torch.tensor(kept[split]["confusion"])
+        assert confusion.sum() == rows
+        assert confusion.trace() / rows == pytest.approx(result.metrics[f"{split}/acc"])
+        bins = kept[split]["calibration"]
+        gaps = [abs(r - c) for r, c in zip(bins["right"], bins["confidence"], strict=True)]
+        assert sum(gaps) / rows == pytest.approx(result.metrics[f"{split}/ece"])
+        assert sum(bins["rows"]) == rows

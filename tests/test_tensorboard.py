@@ -12,7 +12,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from equiloss.data.sampler import Slice
-from equiloss.results import metric_names
+from equiloss.results import metric_names, read_metrics
 from equiloss.run import run
 from equiloss.tensorboard import HPARAMS, chart_layout, draw_confusion, draw_worst
 from support import composed
@@ -36,8 +36,6 @@ def test_every_metric_is_a_scalar(events: EventAccumulator) -> None:
 
 
 def test_scalars_are_those_of_metrics_csv_in_float32(events: EventAccumulator) -> None:
-    from support import read_metrics
-
     exact = read_metrics(Path(events.path).parent, "train/loss")
     shown = [event.value for event in events.Scalars("train/loss")]
     assert shown == torch.tensor(exact, dtype=torch.float64).float().tolist()

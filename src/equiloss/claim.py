@@ -127,9 +127,9 @@ def _prepare(run_dir: Path, resolved: ResolvedConfig) -> bool:
 
 def _clear(run_dir: Path) -> None:
     """Remove what an attempt without a checkpoint left behind: it begins again."""
-    from equiloss.results import METRICS, RESULTS
+    from equiloss.results import EVALUATION, METRICS, RESULTS
 
-    for name in (METRICS, RESULTS, TRACEBACK):
+    for name in (METRICS, RESULTS, EVALUATION, TRACEBACK):
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -25,8 +25,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from equiloss.checkpoint import CheckpointError, write_atomically
 from equiloss.config import SPLIT_METRICS
 
+if TYPE_CHECKING:
+    from equiloss.metrics import Evaluated
+
 RESULTS = "results.json"
 METRICS = "metrics.csv"
+EVALUATION = "evaluation.json"
 CONFIG = "config.yaml"
 
 TRAIN_METRICS = ("loss", "grad_norm", "lr", "samples_per_s", "skipped_steps")
@@ -178,6 +182,28 @@ class Result:
     def read(cls, directory: Path) -> Result:
         """Read a directory's results.json."""
         return cls(**json.loads((directory / RESULTS).read_text(encoding="utf-8")))
+
+
+def write_evaluations(
+    directory: Path, evaluated: Mapping[str, Evaluated], class_names: Sequence[str]
+) -> None:
+    """Replace the directory's evaluation.json: what the metrics of each split were made from.
+
+    Per split: `confusion`, rows by (true class, predicted class) [K][K], null for more than 100
+    classes; and `calibration`, with for each of 15 equal bins of confidence the number of `rows`,
+    the sum of their confidences and the rows that were `right`.
+    """
+    splits = {
+        split: {
+            "confusion": found.confusion.tolist() if len(class_names) <= 100 else None,
+            "calibration": dict(
+                zip(("rows", "confidence", "right"), found.calibration.tolist(), strict=True)
+            ),
+        }
+        for split, found in evaluated.items()
+    }
+    data = {"class_names": list(class_names), **splits}
+    write_atomically(directory / EVALUATION, json.dumps(data) + "\n")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -147,6 +147,7 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
         environment=results.environment(trainer.strategy.root_device),
     )
     if trainer.is_global_zero:
+        results.write_evaluations(run_dir, classifier.evaluated, splits.class_names)
         result.write(run_dir)
     return result
 
