@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from equiloss.losses import Criterion, reduction
+from equiloss.resolved import ResolvedConfig
 
 
 def rank() -> int:
@@ -132,3 +134,12 @@ def cells_with_local_means(dtype: torch.dtype) -> list[Any]:
 
     with local_means():
         return gradients.cells(dtype)
+
+
+def run_in_rank(config: ResolvedConfig, directory: Path) -> None:
+    """A whole run on every rank."""
+    from equiloss.invariance.here import in_rank
+    from equiloss.run import run
+
+    in_rank()
+    run(config, directory)

@@ -14,7 +14,9 @@ from equiloss.losses.criterion import Criterion
 from equiloss.parity import ParityMonitor
 from equiloss.results import Result, read_metrics
 from equiloss.step import StepOutcome
-from support import Run, Train
+from equiloss.testing import run_ranks
+from rank_functions import run_in_rank
+from support import Run, composed
 
 FAULTS = ("wrong_smoothing", "missing_weight", "extra_ignored_row")
 WEIGHT = [0.5, 1.6, 2.0, 1.5, 0.7, 1.0, 3.0, 1.0, 0.2, 1.1]
@@ -196,18 +198,18 @@ def test_a_run_agrees_at_its_first_and_at_its_last_step(
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
-def test_a_run_on_two_processes_agrees(precision: str, train: Train, tmp_path) -> None:
-    done = train(
+def test_a_run_on_two_processes_agrees(precision: str, tmp_path) -> None:
+    config = composed(
         "trainer=ddp_cpu",
         "callbacks=quiet",
+        "logger=csv",
         "loss.weight=balanced",
         "loss.label_smoothing=0.1",
         f"trainer.precision={precision}",
         "trainer.max_steps=60",
         "parity.policy=raise",
-        f"hydra.run.dir={tmp_path}/run",
     )
-    assert done.returncode == 0, done.stderr
+    run_ranks(run_in_rank, 2, config, tmp_path / "run")
     result = Result.read(tmp_path / "run")
     assert result.world_size == 2
     assert result.parity["agree"]
