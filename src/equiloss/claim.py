@@ -21,14 +21,12 @@ from typing import Any, NamedTuple, cast
 from omegaconf import OmegaConf
 
 from equiloss.errors import ConfigError
-from equiloss.resolved import ResolvedConfig
+from equiloss.resolved import PRESENTATION, ResolvedConfig
 
 LOCK = ".lock"
 TRACEBACK = "error.txt"
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
-# What only a person sees: a completed run is the same run without it.
-PRESENTATION = frozenset({"progress_bar", "model_summary", "resume"})
 # How the numbers are computed, written down or chosen from, not what they are.
 MAY_CHANGE = PRESENTATION | {
     "trainer.accelerator",
@@ -70,7 +68,7 @@ def claim(run_dir: Path, resolved: ResolvedConfig) -> Iterator[bool]:
             configuration, or any run with `resume=never`. The directory is left as it was.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(run_dir):
+    with hold(run_dir, wait=resolved.config.in_use == "wait"):
         todo = _prepare(run_dir, resolved)
         yield todo
 
@@ -138,17 +136,26 @@ def _clear(run_dir: Path) -> None:
 
 
 @contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
+def hold(directory: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes off a directory while the context lasts.
+
+    Args:
+        directory: A run's, or a sweep's.
+        wait: Wait for the process that holds it, instead of raising.
+
+    Raises:
+        ConfigError: if another process holds it, naming the holder.
+    """
     # A record lock belongs to this process alone: it ends with it, however it ends, and forked
     # loader workers that outlive it do not hold it.
-    with (run_dir / LOCK).open("a+", encoding="utf-8") as file:
+    with (directory / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             file.seek(0)
             raise ConfigError(
-                f"{run_dir} is in use by {file.read() or 'another process'}: wait for it, or name "
-                "another directory with hydra.run.dir=…"
+                f"{directory} is in use by {file.read() or 'another process'}: name another "
+                "directory, or wait with in_use=wait"
             ) from error
         file.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")

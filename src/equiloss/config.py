@@ -339,6 +339,8 @@ class Config:
     """Checkpoint to evaluate (task=validate or test)."""
     resume: str = "auto"
     """auto | never: continue the interrupted run that a directory holds, or refuse to touch it."""
+    in_use: str = "refuse"
+    """refuse | wait: what to do about a directory that another process is working on."""
     test_weights: str = "best"
     """best | last: the weights that are tested after a fit."""
     objective: str = "val/nll"
@@ -351,6 +353,7 @@ class Config:
     def __post_init__(self) -> None:
         choose("task", self.task, TASKS)
         choose("resume", self.resume, ("auto", "never"))
+        choose("in_use", self.in_use, ("refuse", "wait"))
         choose("test_weights", self.test_weights, ("best", "last"))
         names = [f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS]
         choose("objective", self.objective, names)

@@ -26,11 +26,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from equiloss import ranks
+from equiloss import ranks, slots
 from equiloss.claim import LAST_CHECKPOINT, TRACEBACK, claim
 from equiloss.config import REFUSED_TRAINER_ARGUMENTS
 from equiloss.errors import ConfigError, UserError, unknown
 from equiloss.resolved import ResolvedConfig, resolve
+from equiloss.sweep import JOBS, Entry, Ledger, direction, finish, progress
 
 if TYPE_CHECKING:
     from equiloss.results import Result
@@ -49,6 +50,10 @@ def launch(composed: DictConfig) -> float:
         exception or NaN would end a sweeper's whole study.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    from equiloss import console
+    from equiloss.results import Result
+
+    job = _Job(str(composed.get("objective")))
     try:
         resolved = resolve(composed)
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -56,12 +61,44 @@ def launch(composed: DictConfig) -> float:
                 "torchrun is not needed: train.py starts trainer.devices ranks itself"
             )
         with claim(run_dir, resolved) as todo:
-            result = _attempt(resolved, run_dir) if todo else _completed(run_dir)
-        _show(result, run_dir)
-        return _objective(resolved, result)
+            if not todo:
+                print(f"completed already: {run_dir}", flush=True)
+            job.note("running")
+            result = _attempt(resolved, run_dir) if todo else Result.read(run_dir)
+        if todo or not job.in_sweep:
+            console.show(result, run_dir)
+        objective = _objective(resolved, result)
+    except KeyboardInterrupt:
+        job.note("interrupted")
+        raise
     except Exception as error:  # whatever ends a job must not end the sweep
         _report(error)
-        return _worst(composed)
+        job.note("failed", error=explain(error))
+        # The value that no sweeper takes for a success.
+        return -math.inf if job.direction == "maximize" else math.inf
+    job.note("completed", skipped=not todo, objective=objective)
+    return objective
+
+
+class _Job:
+    """This job's part in a sweep; of a single run nothing is noted."""
+
+    def __init__(self, objective: str) -> None:
+        hydra = HydraConfig.get()
+        self.objective = objective
+        self.direction = direction(hydra.sweeper, objective)
+        self.in_sweep = hydra.mode == RunMode.MULTIRUN
+        if self.in_sweep:
+            self.sweep_dir = Path(hydra.sweep.dir).absolute()
+            self.directory = os.path.relpath(hydra.runtime.output_dir, self.sweep_dir)
+            self.number = int(hydra.job.num)
+
+    def note(self, status: str, **details: Any) -> None:
+        """Tell the sweep how this job is doing."""
+        if self.in_sweep:
+            Ledger(self.sweep_dir).add(self.number, self.directory, status, **details)
+            if status != "running":
+                print(progress(self.sweep_dir, self.objective, self.direction), flush=True)
 
 
 def main(application: Callable[[], Any]) -> None:
@@ -78,10 +115,24 @@ def main(application: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError) as error:
-        if _wants_traceback():
+        if os.environ.get(_FULL_ERROR) == "1":
             raise
         sys.exit(f"error: {explain(error)}")
+    finally:
+        ended = finish()
+    if ended is not None:
+        sys.exit(_close(*ended))
     sys.exit(1 if _failures else 0)
+
+
+def _close(sweep_dir: Path, entries: dict[int, Entry]) -> int:
+    """Say how a sweep ended; returns the exit code."""
+    failed = {job: entry for job, entry in entries.items() if entry.status != "completed"}
+    for job, entry in failed.items():
+        cause = entry.error or "it ended without a word"
+        print(f"error: job {job} ({entry.directory}): {cause}", file=sys.stderr)
+    print(f"sweep directory: {sweep_dir} ({len(entries) - len(failed)} of {len(entries)} done)")
+    return 1 if failed else 0
 
 
 def explain(error: BaseException) -> str:
@@ -143,32 +194,22 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path) -> Result:
         raise
 
 
-def _completed(run_dir: Path) -> Result:
-    """The stored result of a run that has nothing left to do."""
-    from equiloss.results import Result
-
-    print("this run is completed already:", flush=True)
-    return Result.read(run_dir)
-
-
-def _show(result: Result, run_dir: Path) -> None:
-    from equiloss import console
-
-    console.show(result, run_dir)
-
-
 def _run(resolved: ResolvedConfig, run_dir: Path) -> Result:
     """Run in this process, or supervise ranks; the result is in the directory either way."""
     from equiloss.results import Result
 
-    world_size = ranks.world_size(resolved.config.trainer)
-    if world_size > 1:
-        if resolved.config.data.download:
+    config, hydra = resolved.config, HydraConfig.get()
+    world_size = ranks.world_size(config.trainer)
+    parallel = slots.parallel_jobs(hydra, int(os.environ.get(JOBS, 0)))
+    # Beside other jobs one rank is supervised too: its death ends no worker of the launcher.
+    if world_size > 1 or parallel > 1:
+        if config.data.download:
             # Once, before several ranks would fetch the same files into the same place.
             from equiloss.data import datasets
 
-            datasets.load(resolved.config.data)
-        ranks.supervise(run_dir, world_size, resolved.config.trainer.threads)
+            datasets.load(config.data)
+        with slots.share(Path(hydra.sweep.dir).absolute(), config.trainer, parallel) as variables:
+            ranks.supervise(run_dir, world_size, config.trainer.threads, variables)
         return Result.read(run_dir)
 
     import torch
@@ -231,31 +272,26 @@ def _trace(error: Exception) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _worst(composed: DictConfig) -> float:
-    """The value that no sweeper takes for a success."""
-    direction = HydraConfig.get().sweeper.get("direction")
-    if direction is None:
-        direction = "maximize" if "acc" in str(composed.get("objective")) else "minimize"
-    return -math.inf if direction == "maximize" else math.inf
-
-
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_user_wants_traceback = os.environ.get(_FULL_ERROR) == "1"
+# Hydra's own variable is set for Hydra; this one says what the user wants, to other processes too.
+_TRACEBACK = "EQUILOSS_TRACEBACK"
 
 
 def _wants_traceback() -> bool:
-    return _user_wants_traceback
+    return os.environ.get(_TRACEBACK) == "1"
 
 
 @contextmanager
 def _errors_are_raised() -> Iterator[None]:
     """Make Hydra raise its errors, so that they can be shown in one line."""
-    before = os.environ.get(_FULL_ERROR)
+    before = {name: os.environ.get(name) for name in (_FULL_ERROR, _TRACEBACK)}
+    os.environ[_TRACEBACK] = before[_FULL_ERROR] or "0"
     os.environ[_FULL_ERROR] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_FULL_ERROR]
-        else:
-            os.environ[_FULL_ERROR] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,13 +63,19 @@ def is_child() -> bool:
     return CHILD in os.environ
 
 
-def supervise(run_dir: Path, world_size: int, threads: int | None) -> None:
+def supervise(
+    run_dir: Path,
+    world_size: int,
+    threads: int | None,
+    variables: Mapping[str, str] | None = None,
+) -> None:
     """Start the ranks of a run and wait for them.
 
     Args:
         run_dir: Holds `config.yaml`; the ranks' own output goes to `ranks/` in it.
         world_size: Ranks to start.
         threads: CPU threads of each rank; None divides the cores among them.
+        variables: Further variables of the ranks' environment.
 
     Raises:
         RankError: if a rank fails; the others are ended, and the message is the failed rank's.
@@ -79,7 +86,10 @@ def supervise(run_dir: Path, world_size: int, threads: int | None) -> None:
     for stale in logs.iterdir():  # of an attempt that this one continues, on other ranks maybe
         stale.unlink()
     port = _free_port()
-    ranks = [_start(run_dir, rank, world_size, port, threads) for rank in range(world_size)]
+    ranks = [
+        _start(run_dir, rank, world_size, port, threads, variables or {})
+        for rank in range(world_size)
+    ]
     try:
         while any(rank.running for rank in ranks):
             if any(rank.failed for rank in ranks):
@@ -125,10 +135,18 @@ class _Rank:
             self.process.stdin.close()
 
 
-def _start(run_dir: Path, number: int, world_size: int, port: int, threads: int | None) -> _Rank:
+def _start(
+    run_dir: Path,
+    number: int,
+    world_size: int,
+    port: int,
+    threads: int | None,
+    variables: Mapping[str, str],
+) -> _Rank:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment = {
         **os.environ,
+        **variables,
         CHILD: "1",
         "RANK": str(number),
         "LOCAL_RANK": str(number),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -12,6 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config import Config, TrainerConfig
 from equiloss.errors import ConfigError
+
+# What only a person sees: a completed run is the same run without it.
+PRESENTATION = frozenset({"progress_bar", "model_summary", "resume", "in_use"})
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,30 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def sweep_name(choice: str | None, overrides: Sequence[str]) -> str:
+    """Name of a sweep's directory: the same for the same command.
+
+    Args:
+        choice: Name of the file of conf/sweep that was chosen, if any.
+        overrides: The overrides as typed.
+
+    >>> sweep_name("losses", ["sweep=losses"])
+    'losses'
+    >>> sweep_name(None, ["seed=1,2", "progress_bar=false"]) == sweep_name(None, ["seed=1,2"])
+    True
+    """
+    silent = {"sweep", *PRESENTATION}
+    told = sorted(text for text in overrides if text.partition("=")[0].lstrip("+~") not in silent)
+    name = choice or "sweep"
+    return f"{name}-{short_hash(','.join(told))}" if told or choice is None else name
+
+
 def register_schema() -> None:
     """Make `Config` the node `schema` that `conf/config.yaml` starts from."""
     ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
+
+
+# When this module is imported, as the workers of a parallel launcher do: they compose their own
+# job. The cache carries a sweep's name, made from the command, over to its jobs.
+OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)
