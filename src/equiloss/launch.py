@@ -26,10 +26,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from equiloss import ranks, slots
+from equiloss import external, ranks, slots
 from equiloss.claim import LAST_CHECKPOINT, TRACEBACK, claim
 from equiloss.config import REFUSED_TRAINER_ARGUMENTS
-from equiloss.errors import ConfigError, UserError, unknown
+from equiloss.errors import UserError, unknown
 from equiloss.resolved import ResolvedConfig, resolve
 from equiloss.sweep import JOBS, Entry, Ledger, direction, finish, progress
 
@@ -50,33 +50,67 @@ def launch(composed: DictConfig) -> float:
         exception or NaN would end a sweeper's whole study.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    from equiloss import console
-    from equiloss.results import Result
-
     job = _Job(str(composed.get("objective")))
     try:
         resolved = resolve(composed)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ConfigError(
-                "torchrun is not needed: train.py starts trainer.devices ranks itself"
-            )
-        with claim(run_dir, resolved) as todo:
-            if not todo:
-                print(f"completed already: {run_dir}", flush=True)
-            job.note("running")
-            result = _attempt(resolved, run_dir) if todo else Result.read(run_dir)
-        if todo or not job.in_sweep:
-            console.show(result, run_dir)
-        objective = _objective(resolved, result)
+        group = external.found()
+        if group is None:
+            objective = _do(resolved, run_dir, job)
+        else:
+            with external.joined(group, resolved.config.trainer):
+                objective = _do_with_others(resolved, run_dir, job)
     except KeyboardInterrupt:
         job.note("interrupted")
         raise
     except Exception as error:  # whatever ends a job must not end the sweep
         _report(error)
         job.note("failed", error=explain(error))
+        if external.found() is not None:
+            external.leave(1)
         # The value that no sweeper takes for a success.
         return -math.inf if job.direction == "maximize" else math.inf
-    job.note("completed", skipped=not todo, objective=objective)
+    return objective
+
+
+def _do(resolved: ResolvedConfig, run_dir: Path, job: _Job) -> float:
+    """Do a job, or find it done; returns its objective."""
+    with claim(run_dir, resolved) as todo:
+        if not todo:
+            print(f"completed already: {run_dir}", flush=True)
+        job.note("running")
+        if todo:
+            _attempt(resolved, run_dir)
+    return _told(resolved, run_dir, job, skipped=not todo)
+
+
+def _do_with_others(resolved: ResolvedConfig, run_dir: Path, job: _Job) -> float:
+    """The same on each of several ranks; the first one owns the directory."""
+    external.check_same(resolved.hash)
+    run_dir = Path(external.agreed(str(run_dir)))
+    if external.is_first():
+        with claim(run_dir, resolved) as todo:
+            external.agreed(todo)
+            job.note("running")
+            if todo:
+                _attempt(resolved, run_dir)
+        objective = _told(resolved, run_dir, job, skipped=not todo)
+    else:
+        if external.agreed(None):
+            _attempt(resolved, run_dir)
+        objective = math.nan
+    return float(external.agreed(objective))
+
+
+def _told(resolved: ResolvedConfig, run_dir: Path, job: _Job, *, skipped: bool) -> float:
+    """Show how a completed job went; returns its objective."""
+    from equiloss import console
+    from equiloss.results import Result
+
+    result = Result.read(run_dir)
+    if not (skipped and job.in_sweep):
+        console.show(result, run_dir)
+    objective = _objective(resolved, result)
+    job.note("completed", skipped=skipped, objective=objective)
     return objective
 
 
@@ -95,7 +129,7 @@ class _Job:
 
     def note(self, status: str, **details: Any) -> None:
         """Tell the sweep how this job is doing."""
-        if self.in_sweep:
+        if self.in_sweep and external.is_first():
             Ledger(self.sweep_dir).add(self.number, self.directory, status, **details)
             if status != "running":
                 print(progress(self.sweep_dir, self.objective, self.direction), flush=True)
@@ -107,6 +141,7 @@ def main(application: Callable[[], Any]) -> None:
     What a user caused is shown in one line without a traceback, unless HYDRA_FULL_ERROR=1.
     """
     _failures.clear()
+    external.quieten_hydra(sys.argv)
     # Schedulers end a job with SIGTERM: it is recorded like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -172,11 +207,15 @@ def _explain_composition(error: BaseException) -> str:
     return message
 
 
-def _attempt(resolved: ResolvedConfig, run_dir: Path) -> Result:
+def _attempt(resolved: ResolvedConfig, run_dir: Path) -> None:
     """Run, and record how it ended where it did not complete."""
+    from equiloss.results import RESULTS
+
     try:
-        return _run(resolved, run_dir)
+        _run(resolved, run_dir)
     except KeyboardInterrupt:
+        if external.found() is not None and (run_dir / RESULTS).exists():
+            raise  # a rank has failed and said why, and its launcher ends the others
         _record(resolved, run_dir, "interrupted", "interrupted by the user")
         if (run_dir / LAST_CHECKPOINT).exists():
             print(
@@ -194,15 +233,13 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path) -> Result:
         raise
 
 
-def _run(resolved: ResolvedConfig, run_dir: Path) -> Result:
+def _run(resolved: ResolvedConfig, run_dir: Path) -> None:
     """Run in this process, or supervise ranks; the result is in the directory either way."""
-    from equiloss.results import Result
-
     config, hydra = resolved.config, HydraConfig.get()
     world_size = ranks.world_size(config.trainer)
     parallel = slots.parallel_jobs(hydra, int(os.environ.get(JOBS, 0)))
     # Beside other jobs one rank is supervised too: its death ends no worker of the launcher.
-    if world_size > 1 or parallel > 1:
+    if external.found() is None and (world_size > 1 or parallel > 1):
         if config.data.download:
             # Once, before several ranks would fetch the same files into the same place.
             from equiloss.data import datasets
@@ -210,7 +247,7 @@ def _run(resolved: ResolvedConfig, run_dir: Path) -> Result:
             datasets.load(config.data)
         with slots.share(Path(hydra.sweep.dir).absolute(), config.trainer, parallel) as variables:
             ranks.supervise(run_dir, world_size, config.trainer.threads, variables)
-        return Result.read(run_dir)
+        return
 
     import torch
 
@@ -221,7 +258,6 @@ def _run(resolved: ResolvedConfig, run_dir: Path) -> Result:
         if resolved.config.trainer.threads is not None:
             torch.set_num_threads(resolved.config.trainer.threads)
         run(resolved, run_dir)
-        return Result.read(run_dir)
     except SystemExit as stopped:
         # Lightning turns Ctrl-C into an exit, and ignores further ones from then on.
         signal.signal(signal.SIGINT, signal.default_int_handler)

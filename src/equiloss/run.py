@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from equiloss import checkpoint, console, models, optim, ranks, results, rng
+from equiloss import checkpoint, console, external, models, optim, ranks, results, rng
 from equiloss.checkpoint import AtomicCheckpointIO, Checkpoints
 from equiloss.classifier import Classifier
 from equiloss.config import Config
@@ -273,16 +273,18 @@ def _trainer(
         if name not in known:
             raise ConfigError(unknown("argument of Lightning's Trainer", name, known))
     plugins: list[Any] = [AtomicCheckpointIO()]
-    if ranks.is_child():
+    group = external.found()
+    if ranks.is_child() or group is not None:
         # Lightning would otherwise guess the cluster from variables around us, such as SLURM's.
         plugins.append(LightningEnvironment())
 
     options = config.trainer
-    several = ranks.world_size(options) > 1
+    several = (ranks.world_size(options) if group is None else group.world_size) > 1
     on_gpu = options.accelerator not in ("cpu", "auto") or torch.cuda.is_available()
     return Trainer(
         accelerator=options.accelerator,
-        devices=options.devices,
+        devices=options.devices if group is None else group.local_world_size,
+        num_nodes=1 if group is None else group.nodes,
         # Views of the buckets spare a copy of every gradient.
         strategy=DDPStrategy(gradient_as_bucket_view=True) if several else "auto",
         precision=options.precision,  # type: ignore[arg-type]  # checked by TrainerConfig

@@ -24,6 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from equiloss import external
 from equiloss.claim import hold
 from equiloss.errors import UserError
 
@@ -167,6 +168,8 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Claim the directory, and tell the jobs which attempt they belong to."""
+        if not external.is_first():
+            return  # the first rank holds the directory for all of them
         directory = Path(config.hydra.sweep.dir).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         try:
