@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from equiloss.config import TrainerConfig
@@ -36,6 +35,7 @@ class Ranks:
         return self.world_size // self.local_world_size
 
 
+@cache  # Lightning removes some of the variables at the end of a fit
 def found() -> Ranks | None:
     """The launcher that started this process as one of several ranks, if one did.
 
@@ -70,9 +70,8 @@ def quieten_hydra(arguments: list[str]) -> None:
         arguments += ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
 
 
-@contextmanager
-def joined(ranks: Ranks, config: TrainerConfig) -> Iterator[None]:
-    """A process group of all ranks, while the context lasts.
+def join(ranks: Ranks, config: TrainerConfig) -> None:
+    """Be one of a process group of all ranks, from now until this process ends.
 
     Raises:
         ConfigError: if `trainer.devices` is another number than that of the ranks.
@@ -99,15 +98,10 @@ def joined(ranks: Ranks, config: TrainerConfig) -> Iterator[None]:
             "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(nodes),
             "MASTER_PORT": str(15000 + (7 * job + step) % 10000),
         }
+    if dist.is_initialized():
+        return  # by an earlier job of the sweep: the ranks are the same
     # What ranks agree on travels between CPUs, whatever trains.
     dist.init_process_group("gloo" if config.accelerator == "cpu" else "cpu:gloo,cuda:nccl")
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        # Lightning removes what it thinks is its own; the next job of a sweep needs it.
-        os.environ |= before
-        dist.destroy_process_group()
 
 
 def agreed(value: Any) -> Any:

@@ -57,8 +57,8 @@ def launch(composed: DictConfig) -> float:
         if group is None:
             objective = _do(resolved, run_dir, job)
         else:
-            with external.joined(group, resolved.config.trainer):
-                objective = _do_with_others(resolved, run_dir, job)
+            external.join(group, resolved.config.trainer)
+            objective = _do_with_others(resolved, run_dir, job)
     except KeyboardInterrupt:
         job.note("interrupted")
         raise
