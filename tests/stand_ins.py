@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -57,28 +58,40 @@ def batch_norm(num_classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(in_channels), nn.Flatten(), nn.LazyLinear(num_classes))
 
 
-def raises_before_joining(num_classes: int, in_channels: int, rank: str = "1") -> nn.Module:
-    if os.environ.get("LOCAL_RANK") == str(rank):
+def raises_before_joining(
+    num_classes: int, in_channels: int, rank: int = 1, unless: str = ""
+) -> nn.Module:
+    """Fails on one rank, unless a file is there."""
+    if os.environ.get("LOCAL_RANK") == str(rank) and not Path(unless or "none").exists():
         raise RuntimeError("this rank never joins")
     return ConvNet(num_classes, in_channels, widths=(8,))
 
 
-class Killed(ConvNet):
-    """Kills its own rank, as the kernel would when memory runs out."""
+class Trips(ConvNet):
+    """Ends one rank at its fifth forward pass, unless a file is there."""
 
-    def __init__(self, num_classes: int, in_channels: int, rank: str) -> None:
+    def __init__(
+        self, num_classes: int, in_channels: int, rank: int, unless: str, *, kill: bool
+    ) -> None:
         super().__init__(num_classes, in_channels, widths=(8,))
-        self.rank, self.passes = str(rank), 0
+        self.rank, self.unless, self.kill, self.passes = str(rank), unless or "none", kill, 0
 
     def forward(self, images: Tensor) -> Tensor:
         self.passes += 1
-        if self.passes == 5 and os.environ.get("LOCAL_RANK") == self.rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+        mine = os.environ.get("LOCAL_RANK") == self.rank
+        if self.passes == 5 and mine and not Path(self.unless).exists():
+            if not self.kill:
+                raise RuntimeError("this rank tripped")
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
         return super().forward(images)
 
 
-def killed(num_classes: int, in_channels: int, rank: str) -> nn.Module:
-    return Killed(num_classes, in_channels, rank)
+def killed(num_classes: int, in_channels: int, rank: int, unless: str = "") -> nn.Module:
+    return Trips(num_classes, in_channels, rank, unless, kill=True)
+
+
+def raises_in_training(num_classes: int, in_channels: int, rank: int, unless: str) -> nn.Module:
+    return Trips(num_classes, in_channels, rank, unless, kill=False)
 
 
 class Slow(ConvNet):

@@ -165,31 +165,47 @@ def test_interrupting_a_run_leaves_a_word(sent: str, devices: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("target", "cause"),
+    ("target", "rank", "cause"),
     [
-        ("stand_ins:raises_before_joining", "rank 1: RuntimeError: this rank never joins"),
-        ("stand_ins:killed model.options={rank:0}", "rank 0 was killed by SIGKILL"),
-        ("stand_ins:killed model.options={rank:1}", "rank 1 was killed by SIGKILL"),
+        ("raises_before_joining", 1, "rank 1: RuntimeError: this rank never joins"),
+        ("raises_in_training", 1, "rank 1: RuntimeError: this rank tripped"),
+        ("killed", 0, "rank 0 was killed by SIGKILL"),
+        ("killed", 1, "rank 1 was killed by SIGKILL"),
     ],
 )
-def test_a_job_whose_rank_dies_fails_alone(
-    target: str, cause: str, train: Train, tmp_path: Path
+def test_a_job_whose_rank_dies_fails_alone_and_is_retried(
+    target: str, rank: int, cause: str, train: Train, tmp_path: Path
 ) -> None:
     """Job 0 has two ranks and loses one; job 1, of one process, has no rank to lose."""
-    done = train(
+    mended = tmp_path / "mended"
+    command = (
         "-m",
         *CUSTOM,
-        *f"model.target={target}".split(),
+        f"model.target=stand_ins:{target}",
+        f"model.options={{rank:{rank},unless:{mended}}}",
         "trainer.devices=2,1",
         f"hydra.sweep.dir={tmp_path}/sweep",
         "hydra.sweep.subdir=${hydra:job.num}",
     )
+    done = train(*command)
     assert done.returncode == 1
     assert f"error: job 0: {cause}" in done.stderr
     failed, completed = (Result.read(tmp_path / "sweep" / str(job)) for job in (0, 1))
     assert failed.status == "failed"
     assert failed.error == cause
     assert completed.status == "completed"
+    assert (tmp_path / "sweep" / "0" / "error.txt").exists()
+
+    # The same command again retries the one, and leaves the other alone.
+    mended.touch()
+    done = train(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"completed already: {tmp_path}/sweep/1" in done.stdout
+    retried, untouched = (Result.read(tmp_path / "sweep" / str(job)) for job in (0, 1))
+    assert retried.status == "completed"
+    assert retried.world_size == 2
+    assert untouched == completed
+    assert not (tmp_path / "sweep" / "0" / "error.txt").exists()
 
 
 def test_a_failed_rank_ends_its_job_within_seconds(train: Train, tmp_path: Path) -> None:
@@ -234,24 +250,6 @@ def test_ranks_may_have_loader_workers(train: Train, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert Result.read(tmp_path / "run").world_size == 2
-
-
-def test_three_losses_in_one_command(train: Train, tmp_path: Path) -> None:
-    done = train(
-        "-m",
-        *FAST,
-        "loss=softmax_nll,log_softmax_nll,cross_entropy",
-        f"hydra.sweep.dir={tmp_path}/sweep",
-    )
-    assert done.returncode == 0, done.stderr
-    runs = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
-    assert [Result.read(path).loss["name"] for path in runs] == [
-        "cross_entropy",
-        "log_softmax_nll",
-        "softmax_nll",
-    ]
-    # Names that a path in an override can hold.
-    assert not any({"=", ","} & set(path.name) for path in runs)
 
 
 def test_the_environment_of_the_parent_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,398 @@
+"""Sweeps: the same command finds its runs again, whatever launched or ended them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from equiloss import external, resolved, slots, sweep
+from equiloss.config import TrainerConfig
+from equiloss.errors import ConfigError
+from equiloss.invariance.interruption import bits
+from equiloss.losses import config_source
+from equiloss.results import Result
+from equiloss.run import run
+from equiloss.sweep import Ledger, direction, number_of_jobs, progress
+from support import ROOT, TESTS, Train, composed
+
+FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
+BOTH = "loss=softmax_nll,cross_entropy"
+
+
+def results(sweep_dir: Path) -> list[Result]:
+    return [Result.read(path.parent) for path in sorted(sweep_dir.glob("*/results.json"))]
+
+
+def multirun(*overrides: str):
+    """Hydra's and our configuration, as a multirun's callback gets it."""
+    resolved.register_schema()
+    config_source.install()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+class TestNames:
+    @pytest.mark.parametrize("change", ["seed=2", "+trainer.benchmark=true"])
+    def test_another_command_is_another_sweep(self, change: str) -> None:
+        before = ["loss=a,b", "seed=1"]
+        assert resolved.sweep_name(None, before) != resolved.sweep_name(None, [*before, change])
+
+    def test_what_only_a_person_sees_does_not_count(self) -> None:
+        before = ["sweep=losses", "seed=1"]
+        after = ["progress_bar=false", *reversed(before), "in_use=wait"]
+        assert resolved.sweep_name("losses", before) == resolved.sweep_name("losses", after)
+
+    def test_the_directory_is_named_by_the_choice(self) -> None:
+        assert multirun("sweep=losses").hydra.sweep.dir == "runs/losses"
+
+
+class TestNumberOfJobs:
+    @pytest.mark.parametrize(
+        ("overrides", "jobs"),
+        [
+            (["sweep=losses"], 6),
+            (["sweep=losses", "seed=1,2,3"], 9),
+            (["loss=softmax_nll,cross_entropy", "trainer.devices=1,2", "seed=3"], 4),
+            (["seed=range(0,5)"], 5),
+            (["sweep=optuna_lr", "hydra.sweeper.n_trials=7"], 7),
+        ],
+    )
+    def test_of_a_command(self, overrides: list[str], jobs: int) -> None:
+        config = multirun(*(text for text in overrides if "," not in text and "(" not in text))
+        config.hydra.overrides.task = [text for text in overrides if not text.startswith("hydra")]
+        assert number_of_jobs(config) == jobs
+
+
+class TestLedger:
+    def test_the_newest_line_of_each_job_counts(self, tmp_path, monkeypatch) -> None:
+        monkeypatch.setenv(sweep.ATTEMPT, "now")
+        ledger = Ledger(tmp_path)
+        ledger.add(1, "b", "running")
+        ledger.add(0, "a", "running")
+        ledger.add(0, "a", "completed", objective=0.5)
+        monkeypatch.setenv(sweep.ATTEMPT, "earlier")
+        ledger.add(1, "b", "failed", error="no memory")
+        found = ledger.newest("now")
+        assert [(job, entry.status) for job, entry in found.items()] == [
+            (0, "completed"),
+            (1, "running"),
+        ]
+
+    def test_a_line_that_a_crash_cut_short_is_left_out(self, tmp_path, monkeypatch) -> None:
+        monkeypatch.setenv(sweep.ATTEMPT, "now")
+        ledger = Ledger(tmp_path)
+        ledger.add(0, "a", "completed")
+        with ledger.path.open("a") as file:
+            file.write('{"attempt": "now", "job": 1, "dir')
+        assert list(ledger.newest("now")) == [0]
+
+    def test_an_objective_that_is_not_finite_is_none(self, tmp_path, monkeypatch) -> None:
+        monkeypatch.setenv(sweep.ATTEMPT, "now")
+        Ledger(tmp_path).add(0, "a", "completed", objective=float("nan"))
+        assert json.loads((tmp_path / sweep.LEDGER).read_text())["objective"] is None
+
+    @pytest.mark.parametrize(("way", "best"), [("minimize", "a"), ("maximize", "b")])
+    def test_progress_counts_and_names_the_best(
+        self, way: str, best: str, tmp_path, monkeypatch
+    ) -> None:
+        monkeypatch.setenv(sweep.ATTEMPT, "now")
+        monkeypatch.setenv(sweep.JOBS, "6")
+        ledger = Ledger(tmp_path)
+        ledger.add(0, "a", "completed", objective=0.25)
+        ledger.add(1, "b", "completed", objective=0.75)
+        ledger.add(2, "c", "failed", error="no memory")
+        ledger.add(3, "d", "running")
+        line = progress(tmp_path, "val/acc", way)
+        assert line.startswith(f"sweep {tmp_path.name}: 2 done, 1 running, 1 failed, 2 left")
+        assert f"in {best}" in line
+
+    def test_direction(self) -> None:
+        assert direction({}, "val/nll") == "minimize"
+        assert direction({}, "test/acc_top5") == "maximize"
+        assert direction({"direction": "minimize"}, "test/acc") == "minimize"
+
+
+def occupy(folder: Path, number: int) -> None:
+    """Hold a part of the machine for a while, and note which and when."""
+    with slots.share(folder, TrainerConfig(), 2):
+        began = time.monotonic()
+        mine = sorted(os.sched_getaffinity(0))
+        time.sleep(0.3)
+        note = {"cores": mine, "from": began, "to": time.monotonic()}
+    (folder / f"{number}.json").write_text(json.dumps(note))
+
+
+class TestSlots:
+    @pytest.mark.skipif(len(slots.cores()) < 2, reason="there is one core to share")
+    def test_jobs_at_the_same_time_share_no_core(self, tmp_path: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        jobs = [context.Process(target=occupy, args=(tmp_path, number)) for number in range(4)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+        notes = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+        assert len(notes) == 4
+        for one in notes:
+            assert len(one["cores"]) == len(slots.cores()) // 2
+            for other in notes:
+                together = one["from"] < other["to"] and other["from"] < one["to"]
+                if one is not other and together:
+                    assert not set(one["cores"]) & set(other["cores"])
+
+    def test_alone_nothing_is_divided(self, tmp_path: Path) -> None:
+        with slots.share(tmp_path, TrainerConfig(), 1) as variables:
+            assert variables == {}
+        assert list(tmp_path.iterdir()) == []
+
+    def test_gpus_are_handed_out_once(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setenv(slots.VISIBLE, "3,5,7")
+        config = TrainerConfig(accelerator="gpu", devices=2)
+        with slots.share(tmp_path, config, 2) as variables:
+            assert variables == {slots.VISIBLE: "3,5"}
+        with (
+            pytest.raises(ConfigError, match=r"trainer.devices=4, and 3 GPUs are visible"),
+            slots.share(tmp_path, TrainerConfig(accelerator="gpu", devices=4), 2),
+        ):
+            pass
+
+    @pytest.mark.parametrize(
+        ("overrides", "jobs", "parallel"),
+        [
+            ([], 6, 1),
+            (["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"], 6, 3),
+            (["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"], 2, 2),
+            (["hydra/launcher=joblib"], 99, len(slots.cores())),
+            (["hydra/launcher=submitit_local"], 4, 4),
+            (["hydra/launcher=submitit_slurm"], 4, 1),
+        ],
+    )
+    def test_how_many_jobs_run_at_once(self, overrides, jobs: int, parallel: int) -> None:
+        hydra = multirun("sweep=losses", *overrides).hydra
+        assert slots.parallel_jobs(hydra, jobs) == parallel
+
+
+def test_three_losses_on_two_ranks(train: Train, tmp_path: Path) -> None:
+    command = ("-m", "sweep=losses", "seed=0", "trainer=ddp_cpu", "trainer.devices=2", *FAST)
+    done = train(*command, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (sweep_dir,) = (tmp_path / "runs").iterdir()
+    found = results(sweep_dir)
+    assert [result.world_size for result in found] == [2] * 3
+    assert [result.status for result in found] == ["completed"] * 3
+    losses = ["cross_entropy", "log_softmax_nll", "softmax_nll"]
+    assert [result.loss["name"] for result in found] == losses
+    # Names that a path in an override can hold.
+    assert not any({"=", ","} & set(path.name) for path in sweep_dir.iterdir())
+    assert "3 done, 0 running, 0 left" in done.stdout
+    # Again: nothing is left to do.
+    done = train(*command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("completed already") == 3
+    assert results(sweep_dir) == found
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_that_run_jobs_at_once(launcher: str, train: Train, tmp_path: Path) -> None:
+    options = [f"hydra/launcher={launcher}"]
+    options += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    bad = "loss.label_smoothing=0.1,2"  # out of its range: the second job fails
+    directory = tmp_path / "sweep"
+    done = train("-m", *options, *FAST, bad, f"hydra.sweep.dir={directory}", timeout=240)
+    assert done.returncode == 1
+    assert "label_smoothing" in done.stderr.splitlines()[-1]
+    assert sorted(result.status for result in results(directory)) == ["completed", "failed"]
+    (completed,) = (result for result in results(directory) if result.status == "completed")
+    # Two jobs at once divide the cores between them.
+    assert completed.environment["threads"] == max(len(slots.cores()) // 2, 1)
+
+
+def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        check=False,
+    )
+
+
+def test_torchrun_runs_a_sweep(tmp_path: Path) -> None:
+    done = torchrun("-m", *FAST, BOTH, "trainer=ddp_cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (sweep_dir,) = (tmp_path / "runs").iterdir()
+    assert [result.world_size for result in results(sweep_dir)] == [2, 2]
+    assert done.stdout.count("2 done, 0 running, 0 left") == 1
+
+
+def test_torchrun_with_another_number_of_devices_is_refused(tmp_path: Path) -> None:
+    done = torchrun(*FAST, "trainer.devices=3", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "torchrun started 2 ranks, and trainer.devices is 3" in done.stderr
+
+
+def srun(*arguments: str, cwd: Path, differ: bool = False) -> list[tuple[int, str]]:
+    """What srun does, with its variables: two tasks of one step."""
+    tasks = [
+        subprocess.Popen(
+            [
+                *(sys.executable, str(ROOT / "train.py"), "trainer=ddp_cpu", *arguments),
+                f"seed={rank if differ else 0}",
+            ],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(TESTS),
+                "SLURM_JOB_ID": str(os.getpid()),
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_STEP_NODELIST": "127.0.0.1",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+            },
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    return [(task.returncode, output) for task, output in zip(tasks, outputs, strict=True)]
+
+
+def test_srun_starts_the_ranks(tmp_path: Path) -> None:
+    ended = srun(*FAST, cwd=tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    (run_dir,) = (tmp_path / "runs" / "fit").iterdir()
+    assert Result.read(run_dir).world_size == 2
+    assert ended[1][1] == ""  # the first rank speaks for both
+
+
+def test_ranks_that_composed_different_configurations_never_train(tmp_path: Path) -> None:
+    ended = srun(*FAST, cwd=tmp_path, differ=True)
+    for code, output in ended:
+        assert code == 1
+        assert "error: rank 1 composed another configuration than rank 0" in output
+    assert list(tmp_path.rglob("metrics.csv")) == []
+
+
+def test_an_allocation_of_slurm_alone_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert external.found.__wrapped__() is None
+
+
+def test_a_search_without_a_seed_gives_ranks_one_configuration(
+    train: Train, tmp_path: Path
+) -> None:
+    done = train(
+        "-m",
+        "sweep=optuna_lr",
+        "hydra.sweeper.sampler.seed=null",
+        "hydra.sweeper.n_trials=3",
+        "trainer=ddp_cpu",
+        *FAST,
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "this sweep cannot be resumed" in done.stderr
+    found = results(tmp_path / "sweep")
+    assert [result.world_size for result in found] == [2, 2, 2]
+    assert len({result.config_hash for result in found}) == 3
+
+
+def test_a_failed_trial_does_not_end_a_study(train: Train, tmp_path: Path) -> None:
+    done = train(
+        "-m",
+        "sweep=optuna_lr",
+        "hydra.sweeper.n_trials=3",
+        # Out of its range in some trials, and not in others.
+        "loss.label_smoothing=choice(0.1,2)",
+        "hydra.sweeper.sampler.seed=2",
+        *FAST,
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        timeout=240,
+    )
+    assert done.returncode == 1
+    lines = [json.loads(line) for line in (tmp_path / "sweep" / sweep.LEDGER).open()]
+    ended = [line["status"] for line in lines if line["status"] != "running"]
+    assert len(ended) == 3
+    assert {"failed", "completed"} == set(ended)
+
+
+SLOW = ("callbacks=quiet", "logger=csv", "parity=off", "model=custom")
+SLOW += ("model.target=stand_ins:slow", "trainer.max_steps=8", "checkpoint.every_n_steps=2")
+
+
+def started(sweep_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "train.py"), "-m", BOTH, *SLOW, "trainer.threads=1"),
+            *(f"hydra.sweep.dir={sweep_dir}", *arguments),
+        ],
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_rows(sweep_dir: Path, rows: int) -> None:
+    give_up = time.monotonic() + 90
+    while sum(file.read_text().count("\n") for file in sweep_dir.glob("*/metrics.csv")) < rows:
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("rows", [5, 14])
+def test_a_sweep_that_is_killed_goes_on(rows: int, tmp_path: Path) -> None:
+    """In its first job, and in its second one."""
+    killed = started(tmp_path / "sweep")
+    wait_for_rows(tmp_path / "sweep", rows)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert sum(result.status == "completed" for result in results(tmp_path / "sweep")) < 2
+    again = started(tmp_path / "sweep")
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    for result, path in zip(
+        results(tmp_path / "sweep"), sorted((tmp_path / "sweep").glob("*-s0-*")), strict=True
+    ):
+        assert result.status == "completed"
+        whole = tmp_path / result.loss["name"]
+        uninterrupted = run(
+            composed(*SLOW, "trainer.threads=1", f"loss={result.loss['name']}"), whole
+        )
+        assert set(bits(path, whole).values()) == {0}
+        del result.metrics["train/samples_per_s"], uninterrupted.metrics["train/samples_per_s"]
+        assert result.metrics == uninterrupted.metrics
+
+
+def test_a_second_process_on_a_sweep_is_refused_or_waits(tmp_path: Path) -> None:
+    first = started(tmp_path / "sweep")
+    wait_for_rows(tmp_path / "sweep", 2)
+    second = started(tmp_path / "sweep")
+    waiting = started(tmp_path / "sweep", "in_use=wait")
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"error: {tmp_path}/sweep is in use by process {first.pid} on" in output
+    assert "Traceback" not in output
+    assert first.communicate(timeout=90)[0].count("completed") > 0
+    assert first.returncode == 0
+    output, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0, output
+    assert output.count("completed already") == 2
