@@ -328,7 +328,8 @@ def test_a_failed_trial_does_not_end_a_study(train: Train, tmp_path: Path) -> No
         timeout=240,
     )
     assert done.returncode == 1
-    lines = [json.loads(line) for line in (tmp_path / "sweep" / sweep.LEDGER).open()]
+    ledger = (tmp_path / "sweep" / sweep.LEDGER).read_text()
+    lines = [json.loads(line) for line in ledger.splitlines()]
     ended = [line["status"] for line in lines if line["status"] != "running"]
     assert len(ended) == 3
     assert {"failed", "completed"} == set(ended)
@@ -383,10 +384,11 @@ def test_a_sweep_that_is_killed_goes_on(rows: int, tmp_path: Path) -> None:
 
 
 def test_a_second_process_on_a_sweep_is_refused_or_waits(tmp_path: Path) -> None:
-    first = started(tmp_path / "sweep")
+    # Long enough for the others to come while it is at work.
+    first = started(tmp_path / "sweep", "trainer.max_steps=50")
     wait_for_rows(tmp_path / "sweep", 2)
-    second = started(tmp_path / "sweep")
-    waiting = started(tmp_path / "sweep", "in_use=wait")
+    second = started(tmp_path / "sweep", "trainer.max_steps=50")
+    waiting = started(tmp_path / "sweep", "trainer.max_steps=50", "in_use=wait")
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 1
     assert f"error: {tmp_path}/sweep is in use by process {first.pid} on" in output
