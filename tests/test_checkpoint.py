@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from equiloss import checkpoint
-from equiloss.checkpoint import INDEX, AtomicCheckpointIO, CheckpointError, write_atomically
+from equiloss.atomic import write_atomically
+from equiloss.checkpoint import INDEX, AtomicCheckpointIO, CheckpointError
 
 
 def state(value: float) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equiloss.results import METRICS, RESULTS, MetricsCsv, Result, environment, metric_names
+from equiloss.metrics_csv import MetricsCsv
+from equiloss.results import METRICS, RESULTS, Result, environment, metric_names
 
 COLUMNS = ["train/loss", "val/nll"]
 

@@ -23,12 +23,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from equiloss.atomic import write_atomically
 from equiloss.config import CheckpointConfig
 from equiloss.errors import UserError
 
 if TYPE_CHECKING:
     from equiloss.classifier import Classifier
-    from equiloss.results import MetricsCsv
+    from equiloss.metrics_csv import MetricsCsv
 
 INDEX = "index.json"
 KEY = "equiloss"
@@ -260,16 +261,6 @@ def load_weights(module: Classifier, path: Path) -> dict[str, float]:
             f"{path} does not fit model {module.config.model.name!r}: {first}"
         ) from error
     return {name: value for name, value in state.scalars.items() if name.startswith("val/")}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 from omegaconf import OmegaConf
 
 from equiloss.errors import ConfigError
-from equiloss.resolved import PRESENTATION, ResolvedConfig
+from equiloss.resolved import PRESENTATION, ResolvedConfig, leaves
 
 LOCK = ".lock"
 TRACEBACK = "error.txt"
@@ -79,7 +79,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     >>> [str(change) for change in changes({"data": {"batch_size": 50}}, {"seed": 1})]
     ['data.batch_size was 50 and is not set', 'seed was not set and is 1']
     """
-    old, new = dict(_leaves(before)), dict(_leaves(after))
+    old, new = dict(leaves(before)), dict(leaves(after))
     return [
         Change(key, old.get(key, _UNSET), new.get(key, _UNSET))
         for key in sorted(old.keys() | new.keys())
@@ -173,14 +173,6 @@ class _Unset:
 
 
 _UNSET = _Unset()
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _shown(value: Any) -> str:

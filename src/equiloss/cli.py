@@ -91,6 +91,39 @@ def invariance(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Searched for run directories, in any depth.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the report; report/ in the first directory by default."),
+    ] = None,
+) -> None:
+    """Compare runs: final metrics, curves, and whether the formulations match."""
+    # Imported here: matplotlib takes a second, and `equiloss losses` does without it.
+    from equiloss.report.page import table, write_report
+
+    try:
+        comparison = write_report(directories, output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    head, rows = table(comparison)
+    shown = Table(*(name.replace("test/", "test ") for name in head[:5]))
+    for row in rows:
+        shown.add_row(*row[:5])
+    console = Console()
+    console.print(shown)
+    for place, why in comparison.found.skipped.items():
+        print(f"skipped {place}: {why}", file=sys.stderr)
+    console.print(f"verdict: {comparison.verdict.word}", highlight=False)
+    for line in comparison.verdict.lines:
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
+    console.print(f"report: {output or directories[0] / 'report'}/report.md", soft_wrap=True)
+
+
 def _describe(signature: Signature) -> dict[str, object]:
     limit = signature.max_logit_range
     if callable(limit):

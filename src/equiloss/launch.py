@@ -166,8 +166,25 @@ def _close(sweep_dir: Path, entries: dict[int, Entry]) -> int:
     for job, entry in failed.items():
         cause = entry.error or "it ended without a word"
         print(f"error: job {job} ({entry.directory}): {cause}", file=sys.stderr)
+    if len(failed) < len(entries):
+        _report_on(sweep_dir)
     print(f"sweep directory: {sweep_dir} ({len(entries) - len(failed)} of {len(entries)} done)")
     return 1 if failed else 0
+
+
+def _report_on(sweep_dir: Path) -> None:
+    """Compare a sweep's runs. Whatever the report makes of them, they are done."""
+    from equiloss.report.page import write_report
+
+    try:
+        verdict = write_report([sweep_dir]).verdict
+    except Exception as error:
+        print(f"warning: no report: {explain(error)}", file=sys.stderr)
+        return
+    print(f"verdict: {verdict.word}")
+    for line in verdict.lines:
+        print(f"- {line}")
+    print(f"report: {sweep_dir / 'report' / 'report.md'}")
 
 
 def explain(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -55,6 +55,19 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
     config = OmegaConf.to_object(typed)
     assert isinstance(config, Config)
     return ResolvedConfig(config, plain, OmegaConf.to_yaml(OmegaConf.create(plain)))
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested configuration with its dotted key; a list is one value.
+
+    >>> list(leaves({"data": {"name": "digits"}, "seed": 1}))
+    [('data.name', 'digits'), ('seed', 1)]
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def short_hash(text: str) -> str:

@@ -29,9 +29,10 @@ from equiloss.dropout import RowKeys, draws_by_batch
 from equiloss.errors import ConfigError, unknown
 from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
+from equiloss.metrics_csv import MetricsCsv
 from equiloss.parity import ParityMonitor
 from equiloss.resolved import ResolvedConfig
-from equiloss.results import MetricsCsv, Result, metric_names
+from equiloss.results import Result, metric_names
 from equiloss.tensorboard import EvaluationFigures, RunTensorBoard
 
 log = logging.getLogger(__name__)

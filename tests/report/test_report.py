@@ -1,0 +1,273 @@
+"""The report: what it finds, what it says of it, and what it must not be silent about."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from equiloss.cli import app
+from equiloss.report.compare import Spread, compare
+from equiloss.report.page import table, write_report
+from equiloss.report.runs import ReportError, find
+from equiloss.results import METRICS, RESULTS, Result
+
+LOSSES = ("softmax_nll", "log_softmax_nll", "cross_entropy")
+
+
+def formulation(ratio: float = 0.1, *, agree: bool = True) -> dict[str, Any]:
+    return {"loss_error": 1e-8, "grad_error": 1e-8, "ratio": ratio, "nonfinite": 0, "agree": agree}
+
+
+def write_run(
+    directory: Path,
+    loss: str = "cross_entropy",
+    seed: int = 0,
+    *,
+    precision: str = "32-true",
+    devices: int = 1,
+    status: str = "completed",
+    shift: float = 0.0,
+    parity: dict[str, Any] | None = None,
+    steps: int = 20,
+    **config: Any,
+) -> Path:
+    """A run directory as a run would leave it; its training loss is off by a factor 1 + shift."""
+    directory.mkdir(parents=True)
+    drawn = random.Random(seed)
+    losses = [drawn.uniform(0.9, 1.1) / (step + 1) * (1 + shift) for step in range(steps)]
+    settings = {
+        "loss": {"name": loss, "label_smoothing": 0.0},
+        "trainer": {"precision": precision, "devices": devices},
+        "seed": seed,
+        "progress_bar": bool(seed % 2),  # never counts
+        **config,
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    with (directory / METRICS).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "train/loss", "val/nll", "parity/cross_entropy/ratio"])
+        for step, value in enumerate(losses):
+            writer.writerow([step, repr(value), repr(value) if step % 10 == 9 else "", 0.1])
+    if parity is None:
+        parity = {name: formulation() for name in LOSSES} | {"steps": 2, "agree": True}
+    result = Result(status, "0" * 64, {"name": loss, "options": {}}, world_size=devices)
+    if status == "completed":
+        test_loss = losses[-1]
+        result.metrics = {"test/loss": test_loss, "test/acc": 0.9 + seed / 100, "val/nll": 0.5}
+        result.timing = {"train_s": 2.0 + seed, "samples_per_s": 1000.0}
+        result.parity = parity
+        result.environment = {"versions": {"torch": "2.14.1"}, "threads": 1}
+    else:
+        result.error = "rank 1 was killed by SIGKILL"
+    result.write(directory)
+    return directory
+
+
+def three_losses(directory: Path, **options: Any) -> None:
+    for loss in LOSSES:
+        for seed in (0, 1):
+            write_run(directory / f"{loss}-s{seed}", loss, seed, **options)
+
+
+class TestVerdict:
+    def test_match(self, tmp_path: Path) -> None:
+        three_losses(tmp_path)
+        three_losses(tmp_path / "exact", precision="64-true")
+        verdict = compare(find([tmp_path])).verdict
+        assert verdict.word == "match"
+        assert verdict.wrong == []
+        assert "24 checks in 12 runs" in verdict.lines[0]
+
+    def test_a_formulation_that_disagreed_is_named(self, tmp_path: Path) -> None:
+        three_losses(tmp_path)
+        wrong = {"mine": formulation(300.0, agree=False), "cross_entropy": formulation()}
+        write_run(tmp_path / "odd", seed=5, parity=wrong | {"steps": 2, "agree": False})
+        comparison = compare(find([tmp_path]))
+        assert comparison.verdict.word == "differs"
+        assert comparison.verdict.wrong == ["mine in odd"]
+        assert comparison.ratios["mine"] == 300
+
+    def test_a_mass_that_disagreed_is_named(self, tmp_path: Path) -> None:
+        parity = {"cross_entropy": formulation(), "steps": 1, "agree": False}
+        write_run(tmp_path / "run", parity=parity)
+        wrong = compare(find([tmp_path])).verdict.wrong
+        assert wrong == ["mass or all-reduced loss in run"]
+
+    @pytest.mark.parametrize(("shift", "word"), [(1e-10, "match"), (1e-8, "differs")])
+    def test_trajectories_in_float64_are_held_to_their_bound(
+        self, shift: float, word: str, tmp_path: Path
+    ) -> None:
+        write_run(tmp_path / "a", "cross_entropy", precision="64-true")
+        write_run(tmp_path / "b", "softmax_nll", precision="64-true", shift=shift)
+        verdict = compare(find([tmp_path])).verdict
+        assert verdict.word == word
+        if word == "differs":
+            assert verdict.wrong == ["softmax_nll - cross_entropy, seed 0 (float64)"]
+
+    def test_drift_in_float32_is_told_beside_the_seeds_and_not_judged(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "a", "cross_entropy", 0)
+        write_run(tmp_path / "b", "softmax_nll", 0, shift=0.08)
+        write_run(tmp_path / "c", "cross_entropy", 1)
+        comparison = compare(find([tmp_path]))
+        assert comparison.verdict.word == "match"
+        (pair,) = comparison.pairs
+        assert pair.test_loss == pytest.approx(0.08)
+        assert len(comparison.seeds) == 1
+        assert "largest relative difference 0.08; between seeds" in comparison.verdict.lines[2]
+
+    def test_world_sizes_are_paired(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "one", precision="64-true")
+        write_run(tmp_path / "two", precision="64-true", devices=2, shift=1e-6)
+        verdict = compare(find([tmp_path])).verdict
+        assert verdict.wrong == ["cross_entropy, W=2 - W=1, seed 0 (float64)"]
+
+    def test_not_checked(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "run", parity={})
+        assert compare(find([tmp_path])).verdict.word == "not checked"
+
+    def test_equal_bits_are_told(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "a", "cross_entropy")
+        write_run(tmp_path / "b", "log_softmax_nll")
+        write_run(tmp_path / "c", "softmax_nll", shift=1e-15)
+        last = compare(find([tmp_path])).verdict.lines[-1]
+        assert "log_softmax_nll - cross_entropy, seed 0." in last
+        assert ": softmax_nll" not in last
+
+
+class TestGroups:
+    def test_they_differ_in_more_than_the_seed(self, tmp_path: Path) -> None:
+        three_losses(tmp_path)
+        write_run(tmp_path / "two", "softmax_nll", 0, devices=2)
+        labels = [group.label for group in compare(find([tmp_path])).groups]
+        assert labels == [
+            "cross_entropy, trainer.devices=1",
+            "log_softmax_nll, trainer.devices=1",
+            "softmax_nll, trainer.devices=1",
+            "softmax_nll, trainer.devices=2",
+        ]
+
+    def test_mean_and_sample_standard_deviation(self, tmp_path: Path) -> None:
+        for seed in (1, 2, 6):
+            write_run(tmp_path / str(seed), seed=seed)
+        (group,) = compare(find([tmp_path])).groups
+        # 0.91, 0.92 and 0.96: deviations -0.02, -0.01 and 0.03 from 0.93.
+        accuracy = group.spread("test/acc")
+        assert accuracy is not None
+        assert accuracy.mean == pytest.approx(0.93)
+        assert accuracy.deviation == pytest.approx(((4 + 1 + 9) * 1e-4 / 2) ** 0.5)
+        assert group.spread("train_s") == Spread(5.0, pytest.approx(7**0.5), 3)
+        assert group.spread("test/ece") is None
+
+    def test_failed_runs_are_listed_and_not_counted(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "a")
+        write_run(tmp_path / "b", seed=1, status="failed")
+        comparison = write_report([tmp_path])
+        assert table(comparison)[1][0][1] == "1/2"
+        page = (tmp_path / "report" / "report.md").read_text()
+        assert "- b: failed, rank 1 was killed by SIGKILL" in page
+
+
+class TestWhatIsAmiss:
+    @pytest.mark.parametrize("content", ["", '{"status": "comp', "[]", "{}", '{"status": 1}'])
+    def test_a_results_file_that_is_none_is_named_and_skipped(
+        self, content: str, tmp_path: Path
+    ) -> None:
+        three_losses(tmp_path)
+        broken = write_run(tmp_path / "broken", seed=9)
+        (broken / RESULTS).write_text(content)
+        comparison = write_report([tmp_path])
+        assert list(comparison.found.skipped) == [str(broken)]
+        assert len(comparison.found.runs) == 6
+        assert f"- {broken}: " in (tmp_path / "report" / "report.md").read_text()
+
+    def test_a_row_that_was_cut_short_is_left_out(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run")
+        with (run / METRICS).open("a") as file:
+            file.write("20,0.1")
+        (found,) = find([tmp_path]).runs
+        assert len(found.metrics["train/loss"]) == 20
+
+    def test_a_run_without_results_is_unfinished(self, tmp_path: Path) -> None:
+        (write_run(tmp_path / "run") / RESULTS).unlink()
+        (found,) = find([tmp_path]).runs
+        assert found.result.status == "unfinished"
+
+    def test_what_the_sweep_did_not_vary_is_flagged(self, tmp_path: Path) -> None:
+        three_losses(tmp_path, data={"batch_size": 50})
+        write_run(tmp_path / "odd", seed=2, data={"batch_size": 64})
+        task = ["loss=softmax_nll,log_softmax_nll,cross_entropy", "trainer.max_epochs=3"]
+        hydra = {"overrides": {"task": task}, "sweeper": {"params": {"seed": "range(0,3)"}}}
+        (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+        comparison = write_report([tmp_path])
+        assert comparison.unasked == ["data.batch_size"]
+        page = (tmp_path / "report" / "report.md").read_text()
+        assert "## Differ in more than what was swept\n\n- data.batch_size" in page
+
+    def test_different_environments_are_flagged(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "a")
+        other = Result.read(write_run(tmp_path / "b", seed=1))
+        other.environment = {"versions": {"torch": "2.13.0"}, "threads": 1}
+        other.write(tmp_path / "b")
+        assert compare(find([tmp_path])).environments == {"versions.torch": ["2.14.1", "2.13.0"]}
+
+    def test_nothing_to_report_on(self, tmp_path: Path) -> None:
+        with pytest.raises(ReportError, match="no run below"):
+            find([tmp_path])
+        with pytest.raises(ReportError, match="no directory"):
+            find([tmp_path / "nowhere"])
+
+
+class TestFiles:
+    def test_page_data_and_pictures(self, tmp_path: Path) -> None:
+        three_losses(tmp_path)
+        write_report([tmp_path], tmp_path / "out")
+        data = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert data["verdict"]["word"] == "match"
+        assert len(data["groups"]) == 3
+        assert len(data["runs"]) == 6
+        page = (tmp_path / "out" / "report.md").read_text()
+        for name in ("curves", "parity", "divergence", "time"):
+            assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+            assert f"({name}.png)" in page
+        # No run kept a confusion matrix: no picture of one.
+        assert not (tmp_path / "out" / "confusion.png").exists()
+
+    def test_a_real_run_has_every_picture(self, tmp_path: Path) -> None:
+        from equiloss.claim import claim
+        from equiloss.run import run
+        from support import composed
+
+        for loss in LOSSES:
+            config = composed("debug=fast", "callbacks=quiet", f"loss={loss}")
+            with claim(tmp_path / loss, config):
+                run(config, tmp_path / loss)
+        comparison = write_report([tmp_path])
+        assert comparison.verdict.word == "match"
+        pictures = {file.stem for file in (tmp_path / "report").glob("*.png")}
+        assert pictures == {"curves", "parity", "divergence", "confusion", "calibration", "time"}
+
+    def test_the_command(self, tmp_path: Path) -> None:
+        three_losses(tmp_path)
+        result = CliRunner().invoke(app, ["report", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        assert "verdict: match" in result.output
+        result = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")])
+        assert result.exit_code == 1
+        assert result.output.startswith("error: no directory")
+
+    def test_two_hundred_runs_take_seconds(self, tmp_path: Path) -> None:
+        for number in range(200):
+            loss = LOSSES[number % 3]
+            write_run(tmp_path / str(number), loss, number // 3, steps=300)
+        began = time.perf_counter()
+        comparison = write_report([tmp_path])
+        print(f"200 runs in {time.perf_counter() - began:.1f} s")
+        assert len(comparison.completed) == 200
