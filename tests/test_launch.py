@@ -60,6 +60,8 @@ MISTAKES = [
     ("scheduler.name=cosin", ["'cosin'", "Did you mean 'cosine'?"]),
     ("checkpoint.monitor=val/accuracy", ["'val/accuracy'", "val/acc"]),
     ("task=test", ["ckpt_path", "task=test"]),
+    ("resume=maybe", ["resume", "'maybe'", "auto, never"]),
+    ("in_use=ignore", ["in_use", "'ignore'", "refuse, wait"]),
     ("task=test ckpt_path=/nowhere.ckpt", ["no checkpoint at /nowhere.ckpt"]),
     ("parity.formulations=[cross_entropi]", ["'cross_entropi'", "Did you mean 'cross_entropy'?"]),
 ]

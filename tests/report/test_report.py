@@ -271,3 +271,32 @@ class TestFiles:
         comparison = write_report([tmp_path])
         print(f"200 runs in {time.perf_counter() - began:.1f} s")
         assert len(comparison.completed) == 200
+
+
+def test_a_wrong_loss_among_the_formulations_is_named(tmp_path: Path) -> None:
+    """Its value is right, and its gradient off by 1e-3."""
+    import torch.nn.functional as F
+
+    from equiloss.claim import claim
+    from equiloss.losses import register, registry
+    from equiloss.run import run
+    from support import composed
+
+    def off(logits, target, *, label_smoothing: float = 0.0):
+        losses = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+        return losses * 1.001 - losses.detach() * 0.001
+
+    register(off)
+    try:
+        formulations = "parity.formulations=[softmax_nll,cross_entropy,off]"
+        for loss in ("softmax_nll", "cross_entropy"):
+            config = composed(
+                "debug=fast", "callbacks=quiet", "logger=csv", f"loss={loss}", formulations
+            )
+            with claim(tmp_path / loss, config):
+                run(config, tmp_path / loss)
+    finally:
+        registry.unregister("off")
+    verdict = write_report([tmp_path]).verdict
+    assert verdict.word == "differs"
+    assert verdict.wrong == ["off in cross_entropy", "off in softmax_nll"]
