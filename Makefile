@@ -1,6 +1,7 @@
 # Every target makes the virtual environment and installs by itself.
 #   make train ARGS="loss=softmax_nll seed=1"
 #   make test
+#   make test-slow
 #   make invariance
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,13 +10,16 @@ ARGS ?=
 # Two test processes, a thread each: two pools of threads on the same cores are far slower.
 JOBS ?= 2
 
-.PHONY: train test lint invariance clean
+.PHONY: train test test-slow lint invariance clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-slow: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

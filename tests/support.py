@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
@@ -20,6 +21,8 @@ TESTS = ROOT / "tests"
 
 # Small and quiet: what every test of a whole run starts from.
 QUIET = ("callbacks=quiet", "model.options.widths=[8,16]")
+
+slow = pytest.mark.slow
 
 Run = Callable[..., Result]
 Train = Callable[..., subprocess.CompletedProcess[str]]

@@ -14,7 +14,7 @@ import pytest
 
 from equiloss import ranks
 from equiloss.results import Result
-from support import QUIET, ROOT, TESTS, Train, composed
+from support import QUIET, ROOT, TESTS, Train, composed, slow
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
 CUSTOM = ("model=custom", "callbacks=quiet", "logger=csv", "trainer.max_steps=30")
@@ -136,7 +136,9 @@ def test_a_run_that_failed_before_it_began_may_be_repeated(train: Train, tmp_pat
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("sent", ["by a terminal", "to the process", "as SIGTERM"])
+@pytest.mark.parametrize(
+    "sent", ["by a terminal", pytest.param("to the process", marks=slow), "as SIGTERM"]
+)
 def test_interrupting_a_run_leaves_a_word(sent: str, devices: int, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), *CUSTOM]
     command += ["model.target=stand_ins:slow", f"trainer.devices={devices}"]
@@ -170,9 +172,11 @@ def test_interrupting_a_run_leaves_a_word(sent: str, devices: int, tmp_path: Pat
     ("target", "rank", "cause"),
     [
         ("raises_before_joining", 1, "rank 1: RuntimeError: this rank never joins"),
-        ("raises_in_training", 1, "rank 1: RuntimeError: this rank tripped"),
+        pytest.param(
+            "raises_in_training", 1, "rank 1: RuntimeError: this rank tripped", marks=slow
+        ),
         ("killed", 0, "rank 0 was killed by SIGKILL"),
-        ("killed", 1, "rank 1 was killed by SIGKILL"),
+        pytest.param("killed", 1, "rank 1 was killed by SIGKILL", marks=slow),
     ],
 )
 def test_a_job_whose_rank_dies_fails_alone_and_is_retried(

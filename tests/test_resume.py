@@ -21,7 +21,7 @@ from equiloss.errors import UserError
 from equiloss.invariance.interruption import bits
 from equiloss.results import METRICS, Result, read_metrics
 from equiloss.run import run
-from support import ROOT, TESTS, Train, composed
+from support import ROOT, TESTS, Train, composed, slow
 
 # 38 training rows in batches of 9: five steps an epoch, the last one of 2 rows. The network
 # draws from every random generator.
@@ -282,7 +282,7 @@ def killed(directory: Path, devices: int, victim: str) -> None:
 
 @pytest.mark.parametrize(
     ("devices", "victim", "continued_on"),
-    [(1, "train.py", 1), (2, "train.py", 2), (2, "a rank", 1)],
+    [(1, "train.py", 1), pytest.param(2, "train.py", 2, marks=slow), (2, "a rank", 1)],
 )
 def test_the_same_command_continues_what_was_killed(
     devices: int, victim: str, continued_on: int, train: Train, tmp_path: Path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from equiloss.losses import config_source
 from equiloss.results import Result
 from equiloss.run import run
 from equiloss.sweep import Ledger, direction, number_of_jobs, progress
-from support import ROOT, TESTS, Train, composed
+from support import ROOT, TESTS, Train, composed, slow
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
 BOTH = "loss=softmax_nll,cross_entropy"
@@ -121,27 +120,28 @@ class TestLedger:
         assert direction({"direction": "minimize"}, "test/acc") == "minimize"
 
 
-def occupy(folder: Path, number: int) -> None:
-    """Hold a part of the machine for a while, and note which and when."""
-    with slots.share(folder, TrainerConfig(), 2):
-        began = time.monotonic()
-        mine = sorted(os.sched_getaffinity(0))
-        time.sleep(0.3)
-        note = {"cores": mine, "from": began, "to": time.monotonic()}
-    (folder / f"{number}.json").write_text(json.dumps(note))
+# Holds a part of the machine for a while, and says which and when.
+OCCUPY = """
+import json, os, sys, time
+from pathlib import Path
+from equiloss import slots
+from equiloss.config import TrainerConfig
+
+with slots.share(Path(sys.argv[1]), TrainerConfig(), 2):
+    began, mine = time.monotonic(), sorted(os.sched_getaffinity(0))
+    time.sleep(0.5)
+    print(json.dumps({"cores": mine, "from": began, "to": time.monotonic()}))
+"""
 
 
 class TestSlots:
     @pytest.mark.skipif(len(slots.cores()) < 2, reason="there is one core to share")
     def test_jobs_at_the_same_time_share_no_core(self, tmp_path: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        jobs = [context.Process(target=occupy, args=(tmp_path, number)) for number in range(4)]
-        for job in jobs:
-            job.start()
-        for job in jobs:
-            job.join()
-        notes = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
-        assert len(notes) == 4
+        jobs = [
+            subprocess.Popen([sys.executable, "-c", OCCUPY, str(tmp_path)], stdout=subprocess.PIPE)
+            for _ in range(4)
+        ]
+        notes = [json.loads(job.communicate(timeout=60)[0]) for job in jobs]
         for one in notes:
             assert len(one["cores"]) == len(slots.cores()) // 2
             for other in notes:
@@ -359,7 +359,7 @@ def wait_for_rows(sweep_dir: Path, rows: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("rows", [5, 14])
+@pytest.mark.parametrize("rows", [pytest.param(5, marks=slow), 14])
 def test_a_sweep_that_is_killed_goes_on(rows: int, tmp_path: Path) -> None:
     """In its first job, and in its second one."""
     killed = started(tmp_path / "sweep")

@@ -190,7 +190,7 @@ def _report_on(sweep_dir: Path) -> None:
 def explain(error: BaseException) -> str:
     """One line that names the culprit, the rule and the choices.
 
-    >>> explain(ConfigError("seed must lie in [0, 2**32), got -1"))
+    >>> explain(UserError("seed must lie in [0, 2**32), got -1"))
     'seed must lie in [0, 2**32), got -1'
     """
     if isinstance(error, UserError):
