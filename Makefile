@@ -2,7 +2,9 @@
 #   make train ARGS="loss=softmax_nll seed=1"
 #   make test
 #   make test-slow
+#   make ray
 #   make invariance
+#   make pictures
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +12,7 @@ ARGS ?=
 # Two test processes, a thread each: two pools of threads on the same cores are far slower.
 JOBS ?= 2
 
-.PHONY: train test test-slow lint invariance clean
+.PHONY: train test test-slow ray lint invariance pictures clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -21,6 +23,12 @@ test: lint
 test-slow: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
+# Ray's launcher wants an older cloudpickle than joblib's: an environment of its own.
+ray:
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet --editable '.[ray]' pytest
+	OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest -m ray tests/test_ray.py $(ARGS)
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,8 +38,12 @@ lint: $(VENV)/dev.stamp
 invariance: $(VENV)/train.stamp
 	$(BIN)/equiloss verify invariance --output docs
 
+# The pictures of the README and docs/, from a real sweep (needs Debian's chromium, chromium-driver).
+pictures: $(VENV)/dev.stamp
+	$(BIN)/python docs/pictures.py
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from equiloss import launch, resolved
+from equiloss import command, launch, resolved
 from equiloss.losses import config_source
 
 resolved.register_schema()
@@ -17,4 +17,4 @@ def main(composed: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    launch.main(main)
+    command.main(main)

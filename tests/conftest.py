@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from equiloss.results import Result
-from support import QUIET, ROOT, TESTS, Run, Train, composed
+from support import PYTHONPATH, QUIET, ROOT, Run, Train, composed
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def train(tmp_path: Path) -> Train:
             text=True,
             timeout=timeout,
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH, **environment},
             check=False,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from torch import Tensor
 
 from equiloss import resolved
@@ -18,6 +20,8 @@ from equiloss.results import Result
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
+# For processes that tests start: what this one can import, and the tests' own modules.
+PYTHONPATH = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # Small and quiet: what every test of a whole run starts from.
 QUIET = ("callbacks=quiet", "model.options.widths=[8,16]")
@@ -34,6 +38,14 @@ def composed(*overrides: str) -> ResolvedConfig:
     config_source.install()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return resolve(compose("config", overrides=list(overrides)))
+
+
+def composed_with_hydra(*overrides: str) -> DictConfig:
+    """Hydra's and our configuration, as a multirun's callback gets it."""
+    resolved.register_schema()
+    config_source.install()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=True)
 
 
 def final_weights(run_dir: Path) -> dict[str, Tensor]:

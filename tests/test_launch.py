@@ -14,7 +14,7 @@ import pytest
 
 from equiloss import ranks
 from equiloss.results import Result
-from support import QUIET, ROOT, TESTS, Train, composed, slow
+from support import PYTHONPATH, QUIET, ROOT, Train, composed, slow
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
 CUSTOM = ("model=custom", "callbacks=quiet", "logger=csv", "trainer.max_steps=30")
@@ -144,7 +144,7 @@ def test_interrupting_a_run_leaves_a_word(sent: str, devices: int, tmp_path: Pat
     command += ["model.target=stand_ins:slow", f"trainer.devices={devices}"]
     process = subprocess.Popen(
         [*command, f"hydra.run.dir={tmp_path}/run"],
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -168,50 +168,62 @@ def test_interrupting_a_run_leaves_a_word(sent: str, devices: int, tmp_path: Pat
     assert Result.read(tmp_path / "run").status == "interrupted"
 
 
+# Where a rank of a job trips, which one, and what the job's error then says.
+BEFORE_JOINING = ("raises_before_joining", 1, "rank 1: RuntimeError: this rank never joins")
+IN_TRAINING = ("raises_in_training", 1, "rank 1: RuntimeError: this rank tripped")
+FIRST_KILLED = ("killed", 0, "rank 0 was killed by SIGKILL")
+SECOND_KILLED = ("killed", 1, "rank 1 was killed by SIGKILL")
+TWO_JOBS = "trainer.devices=1,2"
+FOUR_JOBS = "trainer.devices=2 model.options.rank=7,{rank},8,9"
+
+
 @pytest.mark.parametrize(
-    ("target", "rank", "cause"),
+    ("target", "rank", "cause", "swept"),
     [
-        ("raises_before_joining", 1, "rank 1: RuntimeError: this rank never joins"),
-        pytest.param(
-            "raises_in_training", 1, "rank 1: RuntimeError: this rank tripped", marks=slow
-        ),
-        ("killed", 0, "rank 0 was killed by SIGKILL"),
-        pytest.param("killed", 1, "rank 1 was killed by SIGKILL", marks=slow),
+        (*way, jobs) if jobs == TWO_JOBS else pytest.param(*way, jobs, marks=slow)
+        for jobs, ways in {
+            TWO_JOBS: (BEFORE_JOINING, FIRST_KILLED),
+            FOUR_JOBS: (BEFORE_JOINING, FIRST_KILLED, SECOND_KILLED, IN_TRAINING),
+        }.items()
+        for way in ways
     ],
 )
 def test_a_job_whose_rank_dies_fails_alone_and_is_retried(
-    target: str, rank: int, cause: str, train: Train, tmp_path: Path
+    target: str, rank: int, cause: str, swept: str, train: Train, tmp_path: Path
 ) -> None:
-    """Job 0 has two ranks and loses one; job 1, of one process, has no rank to lose."""
+    """Job 1 loses a rank; the others have no rank of that number, or are one process."""
     mended = tmp_path / "mended"
     command = (
         "-m",
         *CUSTOM,
         f"model.target=stand_ins:{target}",
         f"model.options={{rank:{rank},unless:{mended}}}",
-        "trainer.devices=2,1",
+        *swept.format(rank=rank).split(),
         f"hydra.sweep.dir={tmp_path}/sweep",
         "hydra.sweep.subdir=${hydra:job.num}",
     )
     done = train(*command)
     assert done.returncode == 1
-    assert f"error: job 0: {cause}" in done.stderr
-    failed, completed = (Result.read(tmp_path / "sweep" / str(job)) for job in (0, 1))
+    assert f"error: job 1: {cause}" in done.stderr
+    jobs = len(list((tmp_path / "sweep").glob("*/results.json")))
+    results = [Result.read(tmp_path / "sweep" / str(job)) for job in range(jobs)]
+    failed = results.pop(1)
     assert failed.status == "failed"
     assert failed.error == cause
-    assert completed.status == "completed"
-    assert (tmp_path / "sweep" / "0" / "error.txt").exists()
+    assert [result.status for result in results] == ["completed"] * (jobs - 1)
+    assert (tmp_path / "sweep" / "1" / "error.txt").exists()
 
-    # The same command again retries the one, and leaves the other alone.
+    # The same command again retries the one, and leaves the others alone.
     mended.touch()
     done = train(*command)
     assert done.returncode == 0, done.stderr
-    assert f"completed already: {tmp_path}/sweep/1" in done.stdout
-    retried, untouched = (Result.read(tmp_path / "sweep" / str(job)) for job in (0, 1))
+    assert done.stdout.count("completed already") == jobs - 1
+    again = [Result.read(tmp_path / "sweep" / str(job)) for job in range(jobs)]
+    retried = again.pop(1)
     assert retried.status == "completed"
     assert retried.world_size == 2
-    assert untouched == completed
-    assert not (tmp_path / "sweep" / "0" / "error.txt").exists()
+    assert again == results
+    assert not (tmp_path / "sweep" / "1" / "error.txt").exists()
 
 
 def test_a_failed_rank_ends_its_job_within_seconds(train: Train, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from equiloss.errors import UserError
 from equiloss.invariance.interruption import bits
 from equiloss.results import METRICS, Result, read_metrics
 from equiloss.run import run
-from support import ROOT, TESTS, Train, composed, slow
+from support import PYTHONPATH, ROOT, Train, composed, slow
 
 # 38 training rows in batches of 9: five steps an epoch, the last one of 2 rows. The network
 # draws from every random generator.
@@ -257,7 +257,7 @@ def killed(directory: Path, devices: int, victim: str) -> None:
             *(sys.executable, str(ROOT / "train.py"), *SLOW),
             *(f"trainer.devices={devices}", f"hydra.run.dir={directory}"),
         ],
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -11,17 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from typer.testing import CliRunner
 
-from equiloss import external, resolved, slots, sweep
+from equiloss import external, progress, resolved, slots
+from equiloss.cli import app
 from equiloss.config import TrainerConfig
 from equiloss.errors import ConfigError
 from equiloss.invariance.interruption import bits
-from equiloss.losses import config_source
+from equiloss.ledger import ATTEMPT, Ledger
 from equiloss.results import Result
 from equiloss.run import run
-from equiloss.sweep import Ledger, direction, number_of_jobs, progress
-from support import ROOT, TESTS, Train, composed, slow
+from equiloss.sweep import direction, number_of_jobs
+from support import PYTHONPATH, ROOT, Train, composed, composed_with_hydra, slow
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
 BOTH = "loss=softmax_nll,cross_entropy"
@@ -29,14 +30,6 @@ BOTH = "loss=softmax_nll,cross_entropy"
 
 def results(sweep_dir: Path) -> list[Result]:
     return [Result.read(path.parent) for path in sorted(sweep_dir.glob("*/results.json"))]
-
-
-def multirun(*overrides: str):
-    """Hydra's and our configuration, as a multirun's callback gets it."""
-    resolved.register_schema()
-    config_source.install()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides), return_hydra_config=True)
 
 
 class TestNames:
@@ -51,7 +44,7 @@ class TestNames:
         assert resolved.sweep_name("losses", before) == resolved.sweep_name("losses", after)
 
     def test_the_directory_is_named_by_the_choice(self) -> None:
-        assert multirun("sweep=losses").hydra.sweep.dir == "runs/losses"
+        assert composed_with_hydra("sweep=losses").hydra.sweep.dir == "runs/losses"
 
 
 class TestNumberOfJobs:
@@ -66,19 +59,24 @@ class TestNumberOfJobs:
         ],
     )
     def test_of_a_command(self, overrides: list[str], jobs: int) -> None:
-        config = multirun(*(text for text in overrides if "," not in text and "(" not in text))
+        config = composed_with_hydra(
+            *(text for text in overrides if "," not in text and "(" not in text)
+        )
         config.hydra.overrides.task = [text for text in overrides if not text.startswith("hydra")]
         assert number_of_jobs(config) == jobs
 
 
 class TestLedger:
-    def test_the_newest_line_of_each_job_counts(self, tmp_path, monkeypatch) -> None:
-        monkeypatch.setenv(sweep.ATTEMPT, "now")
-        ledger = Ledger(tmp_path)
+    @pytest.fixture
+    def ledger(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ledger:
+        monkeypatch.setenv(ATTEMPT, "now")
+        return Ledger(tmp_path)
+
+    def test_the_newest_line_of_each_job_counts(self, ledger: Ledger, monkeypatch) -> None:
         ledger.add(1, "b", "running")
         ledger.add(0, "a", "running")
         ledger.add(0, "a", "completed", objective=0.5)
-        monkeypatch.setenv(sweep.ATTEMPT, "earlier")
+        monkeypatch.setenv(ATTEMPT, "earlier")
         ledger.add(1, "b", "failed", error="no memory")
         found = ledger.newest("now")
         assert [(job, entry.status) for job, entry in found.items()] == [
@@ -86,38 +84,69 @@ class TestLedger:
             (1, "running"),
         ]
 
-    def test_a_line_that_a_crash_cut_short_is_left_out(self, tmp_path, monkeypatch) -> None:
-        monkeypatch.setenv(sweep.ATTEMPT, "now")
-        ledger = Ledger(tmp_path)
+    def test_a_line_that_a_crash_cut_short_is_left_out(self, ledger: Ledger) -> None:
         ledger.add(0, "a", "completed")
         with ledger.path.open("a") as file:
             file.write('{"attempt": "now", "job": 1, "dir')
         assert list(ledger.newest("now")) == [0]
 
-    def test_an_objective_that_is_not_finite_is_none(self, tmp_path, monkeypatch) -> None:
-        monkeypatch.setenv(sweep.ATTEMPT, "now")
-        Ledger(tmp_path).add(0, "a", "completed", objective=float("nan"))
-        assert json.loads((tmp_path / sweep.LEDGER).read_text())["objective"] is None
+    def test_an_objective_that_is_not_finite_is_none(self, ledger: Ledger) -> None:
+        ledger.add(0, "a", "completed", objective=float("nan"))
+        assert json.loads(ledger.path.read_text())["objective"] is None
 
-    @pytest.mark.parametrize(("way", "best"), [("minimize", "a"), ("maximize", "b")])
-    def test_progress_counts_and_names_the_best(
-        self, way: str, best: str, tmp_path, monkeypatch
-    ) -> None:
-        monkeypatch.setenv(sweep.ATTEMPT, "now")
-        monkeypatch.setenv(sweep.JOBS, "6")
-        ledger = Ledger(tmp_path)
-        ledger.add(0, "a", "completed", objective=0.25)
-        ledger.add(1, "b", "completed", objective=0.75)
-        ledger.add(2, "c", "failed", error="no memory")
-        ledger.add(3, "d", "running")
-        line = progress(tmp_path, "val/acc", way)
-        assert line.startswith(f"sweep {tmp_path.name}: 2 done, 1 running, 1 failed, 2 left")
-        assert f"in {best}" in line
+    def test_the_newest_attempt(self, ledger: Ledger) -> None:
+        assert ledger.attempt() is None
+        for attempt, jobs in (("earlier", 6), ("now", 4)):
+            ledger.begin(attempt, jobs=jobs, objective="val/nll", direction="minimize")
+        for attempt, jobs in ((None, 4), ("now", 4), ("earlier", 6)):
+            found = ledger.attempt(attempt)
+            assert found is not None
+            assert found.jobs == jobs
 
     def test_direction(self) -> None:
         assert direction({}, "val/nll") == "minimize"
         assert direction({}, "test/acc_top5") == "maximize"
         assert direction({"direction": "minimize"}, "test/acc") == "minimize"
+
+
+class TestProgress:
+    @pytest.fixture
+    def begun(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ledger:
+        """Two jobs of six done, one failed, one at work."""
+        monkeypatch.setenv(ATTEMPT, "now")
+        ledger = Ledger(tmp_path)
+        ledger.begin("now", jobs=6, objective="val/acc", direction="maximize")
+        ledger.add(0, "a", "completed", objective=0.25, skipped=True)
+        ledger.add(1, "b", "completed", objective=0.75, seconds=90.0)
+        ledger.add(2, "c", "failed", error="no memory", seconds=3.0)
+        ledger.add(3, "d", "running")
+        return ledger
+
+    def test_in_one_line(self, begun: Ledger, tmp_path: Path) -> None:
+        line = progress.line(tmp_path, "now")
+        assert line.startswith(f"sweep {tmp_path.name}: 2 done, 1 running, 1 failed, 2 left, about")
+        assert line.endswith("best val/acc 0.75 in b")
+
+    def test_the_best_by_the_other_direction(self, begun: Ledger, tmp_path: Path) -> None:
+        begun.begin("now", jobs=6, objective="val/nll", direction="minimize")
+        assert progress.line(tmp_path, "now").endswith("best val/nll 0.25 in a")
+
+    def test_as_a_table(self, begun: Ledger, tmp_path: Path) -> None:
+        shown = CliRunner().invoke(app, ["sweep", str(tmp_path)])
+        assert shown.exit_code == 0
+        rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in shown.output.split("\n")]
+        assert [row for row in rows if row] == [
+            ["0", "a", "completed earlier", "0.25", ""],
+            ["1", "b", "completed", "0.75 (best)", "2 min"],
+            ["2", "c", "failed", "", "3 s"],
+            ["3", "d", "running", "", "0 s"],
+        ]
+        assert "2 left" in shown.output
+
+    def test_a_directory_without_a_sweep_is_refused(self, tmp_path: Path) -> None:
+        shown = CliRunner().invoke(app, ["sweep", str(tmp_path)])
+        assert shown.exit_code == 1
+        assert f"error: {tmp_path} holds no sweep" in shown.output
 
 
 # Holds a part of the machine for a while, and says which and when.
@@ -177,7 +206,7 @@ class TestSlots:
         ],
     )
     def test_how_many_jobs_run_at_once(self, overrides, jobs: int, parallel: int) -> None:
-        hydra = multirun("sweep=losses", *overrides).hydra
+        hydra = composed_with_hydra("sweep=losses", *overrides).hydra
         assert slots.parallel_jobs(hydra, jobs) == parallel
 
 
@@ -224,7 +253,7 @@ def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         check=False,
     )
 
@@ -253,7 +282,7 @@ def srun(*arguments: str, cwd: Path, differ: bool = False) -> list[tuple[int, st
             ],
             env={
                 **os.environ,
-                "PYTHONPATH": str(TESTS),
+                "PYTHONPATH": PYTHONPATH,
                 "SLURM_JOB_ID": str(os.getpid()),
                 "SLURM_NTASKS": "2",
                 "SLURM_STEP_NUM_TASKS": "2",
@@ -328,9 +357,10 @@ def test_a_failed_trial_does_not_end_a_study(train: Train, tmp_path: Path) -> No
         timeout=240,
     )
     assert done.returncode == 1
-    ledger = (tmp_path / "sweep" / sweep.LEDGER).read_text()
-    lines = [json.loads(line) for line in ledger.splitlines()]
-    ended = [line["status"] for line in lines if line["status"] != "running"]
+    ledger = Ledger(tmp_path / "sweep")
+    attempt = ledger.attempt()
+    assert attempt is not None
+    ended = [entry.status for entry in ledger.newest(attempt.attempt).values()]
     assert len(ended) == 3
     assert {"failed", "completed"} == set(ended)
 
@@ -345,7 +375,7 @@ def started(sweep_dir: Path, *arguments: str) -> subprocess.Popen[str]:
             *(sys.executable, str(ROOT / "train.py"), "-m", BOTH, *SLOW, "trainer.threads=1"),
             *(f"hydra.sweep.dir={sweep_dir}", *arguments),
         ],
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

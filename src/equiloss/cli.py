@@ -92,6 +92,23 @@ def invariance(
 
 
 @app.command()
+def sweep(
+    directory: Annotated[Path, typer.Argument(help="Directory of a sweep, as `-m` printed it.")],
+) -> None:
+    """Show how far a sweep has come, while it runs or after."""
+    from equiloss import progress
+
+    try:
+        jobs, line = progress.table(directory)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    console = Console()
+    console.print(jobs)
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     directories: Annotated[
         list[Path], typer.Argument(help="Searched for run directories, in any depth.")

@@ -14,29 +14,30 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from equiloss import external, ranks, slots
+from equiloss import external, progress, ranks, slots
 from equiloss.claim import LAST_CHECKPOINT, TRACEBACK, claim
 from equiloss.errors import UserError
 from equiloss.explain import explain
+from equiloss.ledger import ATTEMPT, Ledger
 from equiloss.resolved import ResolvedConfig, resolve
-from equiloss.sweep import JOBS, Entry, Ledger, direction, finish, progress
+from equiloss.sweep import direction
 
 if TYPE_CHECKING:
     from equiloss.results import Result
 
-_failures: list[str] = []
+failures: list[str] = []
+"""What ended jobs of this process, in one line each."""
+# What the user wants of HYDRA_FULL_ERROR, which is set for Hydra: in other processes too.
+TRACEBACKS = "EQUILOSS_TRACEBACK"
 
 
 def launch(composed: DictConfig) -> float:
@@ -119,8 +120,8 @@ class _Job:
 
     def __init__(self, objective: str) -> None:
         hydra = HydraConfig.get()
-        self.objective = objective
         self.direction = direction(hydra.sweeper, objective)
+        self.began = time.monotonic()
         self.in_sweep = hydra.mode == RunMode.MULTIRUN
         if self.in_sweep:
             self.sweep_dir = Path(hydra.sweep.dir).absolute()
@@ -130,61 +131,11 @@ class _Job:
     def note(self, status: str, **details: Any) -> None:
         """Tell the sweep how this job is doing."""
         if self.in_sweep and external.is_first():
+            if status != "running":
+                details["seconds"] = time.monotonic() - self.began
             Ledger(self.sweep_dir).add(self.number, self.directory, status, **details)
             if status != "running":
-                print(progress(self.sweep_dir, self.objective, self.direction), flush=True)
-
-
-def main(application: Callable[[], Any]) -> None:
-    """Run a `@hydra.main` application and exit: 0, 1 if a job failed, 130 if interrupted.
-
-    What a user caused is shown in one line without a traceback, unless HYDRA_FULL_ERROR=1.
-    """
-    _failures.clear()
-    external.quieten_hydra(sys.argv)
-    # Schedulers end a job with SIGTERM: it is recorded like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with _errors_are_raised():
-            application()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (HydraException, OmegaConfBaseException, UserError) as error:
-        if os.environ.get(_FULL_ERROR) == "1":
-            raise
-        sys.exit(f"error: {explain(error)}")
-    finally:
-        ended = finish()
-    if ended is not None:
-        sys.exit(_close(*ended))
-    sys.exit(1 if _failures else 0)
-
-
-def _close(sweep_dir: Path, entries: dict[int, Entry]) -> int:
-    """Say how a sweep ended; returns the exit code."""
-    failed = {job: entry for job, entry in entries.items() if entry.status != "completed"}
-    for job, entry in failed.items():
-        cause = entry.error or "it ended without a word"
-        print(f"error: job {job} ({entry.directory}): {cause}", file=sys.stderr)
-    if len(failed) < len(entries):
-        _report_on(sweep_dir)
-    print(f"sweep directory: {sweep_dir} ({len(entries) - len(failed)} of {len(entries)} done)")
-    return 1 if failed else 0
-
-
-def _report_on(sweep_dir: Path) -> None:
-    """Compare a sweep's runs. Whatever the report makes of them, they are done."""
-    from equiloss.report.page import write_report
-
-    try:
-        verdict = write_report([sweep_dir]).verdict
-    except Exception as error:
-        print(f"warning: no report: {explain(error)}", file=sys.stderr)
-        return
-    print(f"verdict: {verdict.word}")
-    for line in verdict.lines:
-        print(f"- {line}")
-    print(f"report: {sweep_dir / 'report' / 'report.md'}")
+                print(progress.line(self.sweep_dir, os.environ.get(ATTEMPT, "")), flush=True)
 
 
 def _attempt(resolved: ResolvedConfig, run_dir: Path) -> None:
@@ -217,7 +168,8 @@ def _run(resolved: ResolvedConfig, run_dir: Path) -> None:
     """Run in this process, or supervise ranks; the result is in the directory either way."""
     config, hydra = resolved.config, HydraConfig.get()
     world_size = ranks.world_size(config.trainer)
-    parallel = slots.parallel_jobs(hydra, int(os.environ.get(JOBS, 0)))
+    attempt = Ledger(Path(hydra.sweep.dir)).attempt(os.environ.get(ATTEMPT, ""))
+    parallel = slots.parallel_jobs(hydra, attempt.jobs if attempt else 0)
     # Beside other jobs one rank is supervised too: its death ends no worker of the launcher.
     if external.found() is None and (world_size > 1 or parallel > 1):
         if config.data.download:
@@ -274,8 +226,8 @@ def _report(error: Exception) -> None:
     hydra = HydraConfig.get()
     job = f"job {hydra.job.num}: " if hydra.mode == RunMode.MULTIRUN else ""
     line = job + explain(error)
-    _failures.append(line)
-    if _wants_traceback():
+    failures.append(line)
+    if os.environ.get(TRACEBACKS) == "1":
         print(_trace(error), file=sys.stderr)
     where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     print(f"error: {line}{where}", file=sys.stderr, flush=True)
@@ -286,28 +238,3 @@ def _trace(error: Exception) -> str:
     if isinstance(error, ranks.RankError) and error.trace:
         return error.trace
     return "".join(traceback.format_exception(error))
-
-
-_FULL_ERROR = "HYDRA_FULL_ERROR"
-# Hydra's own variable is set for Hydra; this one says what the user wants, to other processes too.
-_TRACEBACK = "EQUILOSS_TRACEBACK"
-
-
-def _wants_traceback() -> bool:
-    return os.environ.get(_TRACEBACK) == "1"
-
-
-@contextmanager
-def _errors_are_raised() -> Iterator[None]:
-    """Make Hydra raise its errors, so that they can be shown in one line."""
-    before = {name: os.environ.get(name) for name in (_FULL_ERROR, _TRACEBACK)}
-    os.environ[_TRACEBACK] = before[_FULL_ERROR] or "0"
-    os.environ[_FULL_ERROR] = "1"
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -1,14 +1,15 @@
 """Cores and GPUs of this machine, divided among jobs that run at the same time.
 
 Launchers such as joblib's and submitit's local one start several jobs at once, and none knows of
-the others. Each core and each GPU has a lock file in the sweep directory; a job holds as many
-as it needs, or waits until it can.
+the others. Each core and each GPU of a machine has a lock file in the sweep directory; a job holds
+as many as it needs, or waits until it can.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,8 +43,12 @@ def parallel_jobs(hydra: HydraConf, jobs: int) -> int:
     elif "submitit" in launcher and "Local" in launcher:
         # It starts every job of a batch at once.
         wanted = max(jobs, 1)
+    elif launcher.endswith(".RayLauncher"):
+        # As many as its number of processors (1 by default) lets it.
+        each = hydra.launcher.ray.remote.get("num_cpus") or 1
+        wanted = max(int(len(cores()) / each), 1)
     else:
-        # The basic launcher runs one job at a time; Ray and SLURM divide the machine themselves.
+        # The basic launcher runs one job at a time, and SLURM divides the machine itself.
         return 1
     return min(wanted, jobs) if jobs else wanted
 
@@ -60,7 +65,7 @@ def share(directory: Path, config: TrainerConfig, parallel: int) -> Iterator[dic
     """Hold this job's part of the machine while the context lasts.
 
     Args:
-        directory: The sweep's, where the lock files are.
+        directory: The sweep's, where the lock files are; machines may share it.
         config: How many devices of which kind the job needs, and how many threads.
         parallel: Jobs that may run at the same time; with 1 there is nothing to divide.
 
@@ -80,11 +85,12 @@ def share(directory: Path, config: TrainerConfig, parallel: int) -> Iterator[dic
     if gpus and devices > len(gpus):
         raise ConfigError(f"trainer.devices={devices}, and {len(gpus)} GPUs are visible")
     with ExitStack() as held:
+        folder = directory / ".slots" / platform.node()
         names = [f"core{core}" for core in everywhere]
-        mine = _take(directory / ".slots", names, min(each, len(names)), held)
+        mine = _take(folder, names, min(each, len(names)), held)
         variables = {}
         if gpus:
-            graphics = _take(directory / ".slots", [f"gpu{gpu}" for gpu in gpus], devices, held)
+            graphics = _take(folder, [f"gpu{gpu}" for gpu in gpus], devices, held)
             variables[VISIBLE] = ",".join(name.removeprefix("gpu") for name in graphics)
         if hasattr(os, "sched_setaffinity"):
             # The ranks inherit it.

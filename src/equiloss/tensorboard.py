@@ -13,6 +13,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
@@ -39,6 +41,8 @@ HPARAMS = (
     "trainer.micro_batch_size",
     "trainer.precision",
 )
+# The tab shows five columns until it is told to show more.
+FIRST = ("loss.name", "loss.options", "optimizer.lr", "seed", "trainer.devices")
 NULLABLE = ("loss.label_smoothing", "loss.weight", "trainer.micro_batch_size")
 WORST = 16
 
@@ -81,6 +85,7 @@ class RunTensorBoard(TensorBoardLogger):
         # The tab shows its first columns: what a sweep is judged by.
         metrics = sorted(self._metrics, key=lambda name: not name.startswith(("test/", "val/")))
         for summary in hparams(values, dict.fromkeys(metrics)):  # type: ignore[no-untyped-call]
+            _put_first(summary)
             writer.file_writer.add_summary(summary)
         writer.add_custom_scalars(chart_layout(self._formulations))
         writer.add_text("config", f"```yaml\n{self._config_text}```", 0)
@@ -100,6 +105,15 @@ class RunTensorBoard(TensorBoardLogger):
     def close(self) -> None:
         """Close the event file."""
         self.experiment.close()
+
+
+def _put_first(summary: Summary) -> None:
+    """Mark the columns of `FIRST` as those in which runs differ: the tab shows these."""
+    for value in summary.value:
+        data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for info in data.experiment.hparam_infos:
+            info.differs = info.name in FIRST
+        value.metadata.plugin_data.content = data.SerializeToString()
 
 
 def hparam_values(config: Mapping[str, Any]) -> dict[str, bool | str | float]:
