@@ -21,6 +21,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[dev,oracles]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 # Ray's launcher wants an older cloudpickle than joblib's: an environment of its own.

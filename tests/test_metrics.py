@@ -1,4 +1,4 @@
-"""Metrics: held to torchmetrics and scikit-learn, and the same for every batch and rank."""
+"""Metrics: held to torchmetrics, and the same for every batch and rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
@@ -63,18 +62,6 @@ class TestAgainstOthers:
         for name, other in others.items():
             # torchmetrics counts in float32, and adds 200 confidences in it.
             assert got[name] == pytest.approx(other(logits, target).item(), abs=200 * 2**-24)
-
-    def test_scikit_learn(self):
-        logits, target = batch()
-        got = evaluate(logits, target)
-        p = logits.double().softmax(-1).numpy()
-        labels = list(range(7))
-        expected = confusion_matrix(target, logits.argmax(-1), labels=labels)
-        assert got.confusion.tolist() == expected.tolist()
-        # Each of the losses is rounded to float32.
-        assert got.scalars["nll"] == pytest.approx(log_loss(target, p, labels=labels), rel=2**-23)
-        top5 = top_k_accuracy_score(target, p, k=5, labels=labels)
-        assert got.scalars["acc_top5"] == pytest.approx(top5, rel=1e-15)
 
     def test_loss_is_pytorchs_mean_with_the_configured_options(self):
         logits, target = batch(ignored=True)

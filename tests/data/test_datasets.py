@@ -10,11 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from equiloss.config import DataConfig
 from equiloss.data.datasets import DATASETS, Splits, load
-from equiloss.data.digits import make
 from equiloss.data.sampler import Slice
 from equiloss.data.sources import ArraySource
 from equiloss.data.splits import SPLITS
@@ -34,27 +32,6 @@ def all_images(splits: Splits) -> Counter[bytes]:
 
 
 # --- digits and synthetic ---
-
-
-def test_digits_are_scikit_learns_digits():
-    splits = load(DataConfig(name="digits"))
-    oracle = load_digits()
-    expected = Counter((15 * oracle.images).astype(np.uint8)[i].tobytes() for i in range(1797))
-    assert all_images(splits) == expected
-    pairs = {
-        (15 * image).astype(np.uint8).tobytes(): int(label)
-        for image, label in zip(oracle.images, oracle.target, strict=True)
-    }
-    batch = rows(splits, "train")
-    assert [pairs[image.numpy().tobytes()] for image in batch.images] == batch.target.tolist()
-
-
-def test_digits_file_is_what_its_script_makes(tmp_path):
-    make.main(tmp_path / "digits.npz")
-    embedded = Path(make.__file__).with_name("digits.npz")
-    with np.load(tmp_path / "digits.npz") as made, np.load(embedded) as stored:
-        assert all(np.array_equal(made[key], stored[key]) for key in ("images", "targets"))
-    assert embedded.stat().st_size < 60_000
 
 
 def test_digits_make_23_batches_of_50():

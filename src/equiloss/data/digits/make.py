@@ -10,8 +10,8 @@ import numpy as np
 
 def main(path: Path) -> None:
     """Write images [1797, 8, 8] and targets [1797], both uint8, to `path`."""
-    # The package itself does not need scikit-learn; only this script and the tests do.
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    # The package itself does not need scikit-learn; only this script and slow tests do.
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     np.savez_compressed(
