@@ -25,6 +25,7 @@ from equiloss.sweep import direction, number_of_jobs
 from support import PYTHONPATH, ROOT, Train, composed, composed_with_hydra, slow
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
+THREE_BY_TWO = ("sweep=losses", "seed=0", "trainer=ddp_cpu", "trainer.devices=2", *FAST)
 BOTH = "loss=softmax_nll,cross_entropy"
 
 
@@ -211,7 +212,7 @@ class TestSlots:
 
 
 def test_three_losses_on_two_ranks(train: Train, tmp_path: Path) -> None:
-    command = ("-m", "sweep=losses", "seed=0", "trainer=ddp_cpu", "trainer.devices=2", *FAST)
+    command = ("-m", *THREE_BY_TWO)
     done = train(*command, timeout=240)
     assert done.returncode == 0, done.stderr
     (sweep_dir,) = (tmp_path / "runs").iterdir()
@@ -223,6 +224,7 @@ def test_three_losses_on_two_ranks(train: Train, tmp_path: Path) -> None:
     # Names that a path in an override can hold.
     assert not any({"=", ","} & set(path.name) for path in sweep_dir.iterdir())
     assert "3 done, 0 running, 0 left" in done.stdout
+    assert "verdict: match" in done.stdout
     # Again: nothing is left to do.
     done = train(*command)
     assert done.returncode == 0, done.stderr
@@ -230,19 +232,35 @@ def test_three_losses_on_two_ranks(train: Train, tmp_path: Path) -> None:
     assert results(sweep_dir) == found
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+AT_ONCE = {
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "submitit": ["hydra/launcher=submitit_local"],
+}
+
+
+@pytest.mark.parametrize("launcher", AT_ONCE)
 def test_launchers_that_run_jobs_at_once(launcher: str, train: Train, tmp_path: Path) -> None:
-    options = [f"hydra/launcher={launcher}"]
-    options += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    directory = tmp_path / "sweep"
+    options = [*AT_ONCE[launcher], f"hydra.sweep.dir={directory}"]
+    done = train("-m", *THREE_BY_TWO, *options, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [result.world_size for result in results(directory)] == [2] * 3
+    assert "verdict: match" in done.stdout
+    # Two jobs at once divide the cores between them, but a rank has one at least.
+    threads = max(len(slots.cores()) // 2 // 2, 1)
+    assert {result.environment["threads"] for result in results(directory)} == {threads}
+
+
+@slow
+@pytest.mark.parametrize("launcher", AT_ONCE)
+def test_a_job_that_fails_beside_others(launcher: str, train: Train, tmp_path: Path) -> None:
     bad = "loss.label_smoothing=0.1,2"  # out of its range: the second job fails
     directory = tmp_path / "sweep"
-    done = train("-m", *options, *FAST, bad, f"hydra.sweep.dir={directory}", timeout=240)
+    options = [*AT_ONCE[launcher], f"hydra.sweep.dir={directory}"]
+    done = train("-m", *options, *FAST, bad, timeout=240)
     assert done.returncode == 1
     assert "label_smoothing" in done.stderr.splitlines()[-1]
     assert sorted(result.status for result in results(directory)) == ["completed", "failed"]
-    (completed,) = (result for result in results(directory) if result.status == "completed")
-    # Two jobs at once divide the cores between them.
-    assert completed.environment["threads"] == max(len(slots.cores()) // 2, 1)
 
 
 def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -259,11 +277,12 @@ def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_torchrun_runs_a_sweep(tmp_path: Path) -> None:
-    done = torchrun("-m", *FAST, BOTH, "trainer=ddp_cpu", cwd=tmp_path)
+    done = torchrun("-m", *THREE_BY_TWO, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (sweep_dir,) = (tmp_path / "runs").iterdir()
-    assert [result.world_size for result in results(sweep_dir)] == [2, 2]
-    assert done.stdout.count("2 done, 0 running, 0 left") == 1
+    assert [result.world_size for result in results(sweep_dir)] == [2] * 3
+    assert done.stdout.count("3 done, 0 running, 0 left") == 1
+    assert "verdict: match" in done.stdout
 
 
 def test_torchrun_with_another_number_of_devices_is_refused(tmp_path: Path) -> None:
