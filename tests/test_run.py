@@ -385,3 +385,12 @@ def test_what_the_metrics_were_made_from_is_kept(run_here: Run, tmp_path: Path) 
         gaps = [abs(r - c) for r, c in zip(bins["right"], bins["confidence"], strict=True)]
         assert sum(gaps) / rows == pytest.approx(result.metrics[f"{split}/ece"])
         assert sum(bins["rows"]) == rows
+
+
+def test_a_group_of_another_size_is_noticed(run_here, monkeypatch) -> None:
+    """Ranks that train alone, each believing to be one of several, would log as if together."""
+    from equiloss.losses import reduction
+
+    monkeypatch.setattr(reduction, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="the process group has 2 ranks, Lightning counts 1"):
+        run_here("debug=fast", "parity=off", "logger=csv")

@@ -102,6 +102,15 @@ class Classifier(LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         return optimizer
 
+    def setup(self, stage: str) -> None:
+        """Make sure that the process group is the one that was asked for."""
+        asked, real = self.trainer.world_size, reduction.world_size()
+        if real != asked or self.config.trainer.devices not in (real, -1):
+            raise RuntimeError(
+                f"the process group has {real} ranks, Lightning counts {asked}, and "
+                f"trainer.devices is {self.config.trainer.devices}"
+            )
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer and schedule over the run's own number of steps."""
         optimizer = optim.build_optimizer(self.config.optimizer, self)
