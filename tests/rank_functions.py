@@ -143,3 +143,16 @@ def run_in_rank(config: ResolvedConfig, directory: Path) -> None:
 
     in_rank()
     run(config, directory)
+
+
+def train_mixed(directory: Path) -> None:
+    """Fifteen steps with MixUp and CutMix on every rank."""
+    from equiloss.invariance.here import Recorder, train
+
+    directory.mkdir(parents=True, exist_ok=True)
+    train(
+        directory,
+        {"trainer": {"max_steps": 15}, "data": {"augment": {"mixup": 0.4, "cutmix": 1.0}}},
+        {"data": {"max_samples": 100, "batch_size": 47}},  # batches of 47, 47 and 6 rows
+        callbacks=[Recorder(directory / "records.jsonl")],
+    )

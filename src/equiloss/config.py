@@ -74,13 +74,24 @@ class AugmentConfig:
     """Mirror left to right with probability 1/2."""
     transforms: list[Any] = field(default_factory=list)
     """A torchvision.transforms.v2 pipeline instead: a list of `{name: ClassName, **arguments}`."""
+    mixup: float = 0.0
+    """Mix each row with the one before it, by a share from Beta(mixup, mixup) (0: off)."""
+    cutmix: float = 0.0
+    """Cut a box from the row before, of a share from Beta(cutmix, cutmix) (0: off)."""
 
     def __post_init__(self) -> None:
-        _require(self.shift >= 0, f"data.augment.shift must be at least 0, got {self.shift}")
+        for key in ("shift", "mixup", "cutmix"):
+            value = getattr(self, key)
+            _require(value >= 0, f"data.augment.{key} must be at least 0, got {value}")
         _require(
             not (self.transforms and (self.shift or self.flip)),
             "data.augment.transforms replaces data.augment.shift and .flip: set shift=0 flip=false",
         )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows are mixed, so that targets become probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass

@@ -64,6 +64,11 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
     splits = datasets.load(config.data)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
     criterion.check_classes(splits.num_classes)
+    if config.data.augment.mixes and not criterion.signature.soft_targets:
+        raise ConfigError(
+            f"data.augment.mixup and cutmix turn classes into probabilities, and loss "
+            f"{criterion.name!r} takes classes: use one with soft targets, such as cross_entropy"
+        )
     rows = RowKeys(config.seed)
     model = models.build(
         config.model,

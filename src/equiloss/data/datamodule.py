@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from equiloss.config import DataConfig
+from equiloss.data import mixing
 from equiloss.data.augment import TransformedSource, augment, build_transform
 from equiloss.data.sampler import GlobalBatchSampler
 from equiloss.data.sources import ArraySource, Batch, Source
@@ -54,6 +55,8 @@ class ImageDataModule(lightning.LightningDataModule):
         for split in SPLITS:
             targets = getattr(splits, split).targets
             validate_targets(targets, splits.num_classes, ignore_index, where=f"{split} target")
+        if config.augment.mixes:
+            mixing.check_mixable(splits.train.targets, ignore_index)
         self.splits = splits
         self.config = config
         self.seed = seed
@@ -67,7 +70,12 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of the training split in the epoch's order, from where the run stopped."""
-        sampler = self._sampler(self._train_source, self.config.batch_size, shuffle=True)
+        sampler = self._sampler(
+            self._train_source,
+            self.config.batch_size,
+            shuffle=True,
+            lead=self.config.augment.mixes,
+        )
         if self._resume_at is not None:
             # Lightning makes the first iterator, and workers ask it for batches, before it calls
             # set_epoch.
@@ -85,7 +93,7 @@ class ImageDataModule(lightning.LightningDataModule):
         return self._evaluation_loader(self.splits.test)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augment (in training), convert to the network's type and normalise, on the device."""
+        """Augment and mix (in training), convert and normalise, on the device."""
         images = batch.images
         if self._trainer.training:
             images = augment(images, batch.index, batch.epoch, self.seed, self.config.augment)
@@ -95,7 +103,24 @@ class ImageDataModule(lightning.LightningDataModule):
         wide = torch.promote_types(dtype, torch.float32)
         mean, std = self._pixel_statistics(images.device, wide)
         images = images.to(wide).sub_(mean).div_(std)
+        if self._trainer.training:
+            batch, images = self._mixed(batch, images)
         return batch._replace(images=images.to(dtype, memory_format=self.memory_format))
+
+    def _mixed(self, batch: Batch, images: Tensor) -> tuple[Batch, Tensor]:
+        """The batch and its images after MixUp or CutMix, without the row that led."""
+        _, _, height, width = images.shape
+        mix = mixing.draw(
+            self.config.augment, self.seed, batch.epoch, batch.number, height=height, width=width
+        )
+        if mix is None:
+            return batch, images
+        lead, classes = batch.lead, self.splits.num_classes
+        target = mixing.mix_targets(
+            batch.target, mix, lead=lead, num_classes=classes, dtype=images.dtype
+        )
+        mixed = batch._replace(target=target, index=batch.index[lead:], lead=0)
+        return mixed, mixing.mix_images(images, mix, lead=lead)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches of it that are done, and what the order of samples depends on."""
@@ -131,7 +156,9 @@ class ImageDataModule(lightning.LightningDataModule):
         assert self.trainer is not None
         return self.trainer
 
-    def _sampler(self, source: Source, batch_size: int, *, shuffle: bool) -> GlobalBatchSampler:
+    def _sampler(
+        self, source: Source, batch_size: int, *, shuffle: bool, lead: bool = False
+    ) -> GlobalBatchSampler:
         return GlobalBatchSampler(
             len(source),
             batch_size,
@@ -139,6 +166,7 @@ class ImageDataModule(lightning.LightningDataModule):
             shuffle=shuffle,
             rank=self._trainer.global_rank,
             world_size=self._trainer.world_size,
+            lead=lead,
         )
 
     def _evaluation_loader(self, source: Source) -> DataLoader[Batch]:

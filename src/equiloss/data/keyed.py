@@ -22,6 +22,7 @@ class Stream(IntEnum):
     SYNTHETIC = 4
     DROPOUT = 5
     RANK = 6
+    MIX = 7
 
 
 def keyed_bits(

@@ -19,7 +19,11 @@ class Slice(NamedTuple):
     epoch: int
     """Pass over the split, from 0; it travels with the indices, so workers hold no state."""
     indices: Tensor
-    """Positions within the split [n] int64; n may be 0."""
+    """Positions within the split [lead + n] int64; n may be 0."""
+    batch: int = 0
+    """Number of the global batch in its epoch, from 0."""
+    lead: int = 0
+    """Whether the first position is only there to be mixed into the second: 0 or 1."""
 
 
 def rank_rows(rows: int, rank: int, world_size: int) -> slice:
@@ -45,6 +49,8 @@ class GlobalBatchSampler(Sampler[Slice]):
         shuffle: Whether the order is random; otherwise it is that of the split.
         rank: This rank.
         world_size: W, the number of ranks.
+        lead: Whether each slice that has a row also has the one before it in the global batch
+            (before the first one the last), for what mixes neighbours.
 
     >>> sampler = GlobalBatchSampler(5, 4, shuffle=False, rank=1, world_size=2)
     >>> [part.indices.tolist() for part in sampler]
@@ -60,6 +66,7 @@ class GlobalBatchSampler(Sampler[Slice]):
         shuffle: bool,
         rank: int = 0,
         world_size: int = 1,
+        lead: bool = False,
     ) -> None:
         assert length > 0
         assert batch_size > 0
@@ -70,6 +77,7 @@ class GlobalBatchSampler(Sampler[Slice]):
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
+        self.lead = lead
         self.epoch = 0
         self.start_batch = 0
         """Batches that the next iteration leaves out; the one after it is whole again."""
@@ -96,6 +104,11 @@ class GlobalBatchSampler(Sampler[Slice]):
         epoch, first = self.epoch, self.start_batch
         self.start_batch = 0
         batches = torch.split(self.order(), self.batch_size)
-        for batch in batches[first:]:
+        for number, batch in enumerate(batches[first:], start=first):
+            rows = rank_rows(len(batch), self.rank, self.world_size)
             # A copy: a view sent to a worker process would take the whole order along.
-            yield Slice(epoch, batch[rank_rows(len(batch), self.rank, self.world_size)].clone())
+            indices = batch[rows].clone()
+            lead = int(self.lead and len(indices) > 0)
+            if lead:
+                indices = torch.cat([batch[rows.start - 1].view(1), indices])
+            yield Slice(epoch, indices, number, lead)

@@ -27,6 +27,10 @@ class Batch(NamedTuple):
     """Positions within the split [n] int64."""
     epoch: int
     """Pass over the split, from 0."""
+    number: int = 0
+    """Number of the global batch in its epoch, from 0."""
+    lead: int = 0
+    """Whether the first row, as loaded, is only there to be mixed into the second: 0 or 1."""
 
 
 class Source(Dataset[Batch]):
@@ -50,7 +54,8 @@ class Source(Dataset[Batch]):
 
     def __getitems__(self, part: Slice) -> Batch:
         # torch's loader calls this in place of __getitem__, with what the batch sampler yields.
-        return Batch(self.read(part), self.targets[part.indices], part.indices, part.epoch)
+        target = self.targets[part.indices]
+        return Batch(self.read(part), target, part.indices, part.epoch, part.batch, part.lead)
 
 
 class ArraySource(Source):
