@@ -20,6 +20,8 @@ from equiloss.report.runs import ReportError, find
 from equiloss.results import METRICS, RESULTS, Result
 
 LOSSES = ("softmax_nll", "log_softmax_nll", "cross_entropy")
+# Options that not every loss has.
+OWN: dict[str, dict[str, Any]] = {"cross_entropy": {"z_loss": 0.0}, "focal": {"gamma": 2.0}}
 
 
 def formulation(ratio: float = 0.1, *, agree: bool = True) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def write_run(
     status: str = "completed",
     shift: float = 0.0,
     parity: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
     steps: int = 20,
     **config: Any,
 ) -> Path:
@@ -44,8 +47,9 @@ def write_run(
     drawn = random.Random(seed)
     losses = [drawn.uniform(0.9, 1.1) / (step + 1) * (1 + shift) for step in range(steps)]
     settings = {
-        "loss": {"name": loss, "label_smoothing": 0.0},
+        "loss": {"name": loss, "label_smoothing": 0.0} | (options or OWN.get(loss, {})),
         "trainer": {"precision": precision, "devices": devices},
+        "parity": {"formulations": list(LOSSES)},
         "seed": seed,
         "progress_bar": bool(seed % 2),  # never counts
         **config,
@@ -123,6 +127,19 @@ class TestVerdict:
         assert len(comparison.seeds) == 1
         assert "largest relative difference 0.08; between seeds" in comparison.verdict.lines[2]
 
+    def test_a_loss_that_is_no_formulation_is_paired_with_none(self, tmp_path: Path) -> None:
+        """It has no reason to take the same steps, whatever its options are called."""
+        for loss in ("cross_entropy", "softmax_nll", "focal", "balanced_softmax"):
+            write_run(tmp_path / loss, loss, precision="64-true", shift=0.5 * (loss not in LOSSES))
+        comparison = compare(find([tmp_path]))
+        assert [pair.label for pair in comparison.pairs] == ["softmax_nll - cross_entropy, seed 0"]
+        assert comparison.verdict.word == "match"
+
+    def test_an_option_that_is_on_makes_another_function(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "a", options={"z_loss": 1e-4})
+        write_run(tmp_path / "b", "softmax_nll")
+        assert compare(find([tmp_path])).pairs == []
+
     def test_world_sizes_are_paired(self, tmp_path: Path) -> None:
         write_run(tmp_path / "one", precision="64-true")
         write_run(tmp_path / "two", precision="64-true", devices=2, shift=1e-6)
@@ -153,6 +170,15 @@ class TestGroups:
             "softmax_nll, trainer.devices=1",
             "softmax_nll, trainer.devices=2",
         ]
+
+    def test_an_option_is_told_where_it_is_on_or_varies(self, tmp_path: Path) -> None:
+        three_losses(tmp_path)
+        write_run(tmp_path / "focal", "focal")
+        labels = {group.label for group in compare(find([tmp_path])).groups}
+        assert labels == {*LOSSES, "focal, loss.gamma=2.0"}
+        write_run(tmp_path / "z", options={"z_loss": 1e-4})
+        labels = {group.label for group in compare(find([tmp_path])).groups}
+        assert {"cross_entropy, loss.z_loss=0.0", "cross_entropy, loss.z_loss=0.0001"} <= labels
 
     def test_mean_and_sample_standard_deviation(self, tmp_path: Path) -> None:
         for seed in (1, 2, 6):

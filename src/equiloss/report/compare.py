@@ -136,11 +136,13 @@ def compare(found: Found) -> Comparison:
     differing = _differing(configs.values())
     groups = _groups(found.runs, configs, differing)
     completed = [run for run in found.runs if run.completed]
+    # Another loss than a formulation of cross-entropy has no reason to take the same steps.
+    alike = [r for r in completed if r.loss in configs[r.name].get("parity.formulations", ())]
     return Comparison(
         found=found,
         groups=groups,
         pairs=[
-            *_pairs(completed, configs, "loss.name", "formulations"),
+            *_pairs(alike, configs, "loss.name", "formulations"),
             *_pairs(completed, configs, "trainer.devices", "world sizes"),
         ],
         seeds=[apart for group in groups for apart in _between_seeds(group)],
@@ -168,7 +170,9 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 
 def _key(config: Mapping[str, Any], without: set[str]) -> str:
     kept = {k: v for k, v in config.items() if k not in without and k not in PRESENTATION}
-    return json.dumps(kept, sort_keys=True)
+    # An option of a loss that is off is as good as one that the loss does not have.
+    on = {k: v for k, v in kept.items() if v or not k.startswith("loss.")}
+    return json.dumps(on, sort_keys=True)
 
 
 def _groups(
@@ -177,13 +181,18 @@ def _groups(
     by_key: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_key[_key(configs[run.name], {"seed"})].append(run)
-    others = [key for key in differing if key != "seed" and not key.startswith("loss.name")]
+    others = [key for key in differing if key not in ("seed", "loss.name")]
     made = []
     for members in by_key.values():
-        config = configs[members[0].name]
-        # A key that only some losses have says nothing beside their names.
-        told = [f"{key}={config[key]}" for key in others if key in config]
-        made.append(Group(", ".join([members[0].loss, *told]), members))
+        config, loss = configs[members[0].name], members[0].loss
+        varied = _differing(configs[run.name] for run in runs if run.loss == loss)
+        # An option that other losses lack, and that is off in this one, says nothing.
+        told = [
+            f"{key}={config[key]}"
+            for key in others
+            if key in config and (key in varied or config[key] or not key.startswith("loss."))
+        ]
+        made.append(Group(", ".join([loss, *told]), members))
     return sorted(made, key=lambda group: group.label)
 
 
