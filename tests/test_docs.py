@@ -61,13 +61,13 @@ def test_the_loss_of_the_readme_works() -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     namespace = {"torch": torch}
     exec(code, namespace)
-    poly1 = register(namespace["poly1"])
+    poly2 = register(namespace["poly2"])
     try:
         logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-        # The paper's identity: without its first coefficient it is cross-entropy.
-        assert torch.equal(poly1(logits, target, epsilon=0.0), get("cross_entropy")(logits, target))
+        # As in the paper: without a coefficient it is cross-entropy.
+        assert torch.equal(poly2(logits, target, epsilon=0.0), get("cross_entropy")(logits, target))
     finally:
-        registry.unregister("poly1")
+        registry.unregister("poly2")
 
 
 def test_links_lead_to_files() -> None:

@@ -58,7 +58,7 @@ def test_hparams_have_the_constant_keys(events: EventAccumulator) -> None:
     ).session_start_info
     assert start.hparams["loss.name"].string_value == "cross_entropy"
     assert start.hparams["loss.label_smoothing"].string_value == "0.1"
-    assert json.loads(start.hparams["loss.options"].string_value) == {}
+    assert json.loads(start.hparams["loss.options"].string_value) == {"z_loss": 0.0}
 
 
 def test_the_three_formulations_share_a_chart(events: EventAccumulator) -> None:

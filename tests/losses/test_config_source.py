@@ -62,13 +62,29 @@ def plugin() -> Iterator[str]:
     registry.unregister("focal_for_tests")
 
 
-CROSS_ENTROPY = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+FORMULATION = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+CROSS_ENTROPY = {**FORMULATION, "z_loss": 0.0}
 
 
 class TestNodes:
-    @pytest.mark.parametrize("name", ["softmax_nll", "log_softmax_nll", "cross_entropy"])
+    @pytest.mark.parametrize("name", ["softmax_nll", "log_softmax_nll"])
     def test_every_formulation_has_one(self, name):
-        assert plain(compose_loss(f"loss={name}")) == {"name": name, **CROSS_ENTROPY}
+        assert plain(compose_loss(f"loss={name}")) == {"name": name, **FORMULATION}
+        assert plain(compose_loss("loss=cross_entropy")).keys() == {"name", *CROSS_ENTROPY}
+
+    @pytest.mark.parametrize(
+        ("override", "value"),
+        [("loss=poly1 loss.epsilon=2", 2.0), ("loss=bi_tempered loss.t1=0.5", 0.5)],
+    )
+    def test_a_loss_of_the_shelf_has_one(self, override, value):
+        loss, option = override.split()
+        node = compose_loss(loss, option)
+        assert node[option.partition("=")[0].removeprefix("loss.")] == value
+        assert isinstance(plain(node)["name"], str)
+
+    def test_class_counts_are_no_option(self):
+        node = plain(compose_loss("loss=balanced_softmax"))
+        assert node == {"name": "balanced_softmax", **FORMULATION}
 
     def test_the_default_is_cross_entropy(self):
         assert compose_loss().name == "cross_entropy"

@@ -15,7 +15,8 @@ from equiloss.errors import LossError
 from equiloss.losses import get, names, register, registry
 from equiloss.losses.signature import RESERVED, read
 
-BUILT_IN = ["cross_entropy", "log_softmax_nll", "softmax_nll"]
+FORMULATIONS = ["cross_entropy", "log_softmax_nll", "softmax_nll"]
+BUILT_IN = sorted(registry._BUILT_IN)
 
 Install = Callable[..., None]
 
@@ -185,17 +186,39 @@ class TestRegister:
 
 
 class TestSignature:
-    @pytest.mark.parametrize("name", BUILT_IN)
+    @pytest.mark.parametrize("name", FORMULATIONS)
     def test_the_formulations_can_do_everything_pytorch_can(self, name):
         signature = registry.signature(name)
         assert signature.supported == {"weight", "ignore_index", "label_smoothing"}
         assert signature.soft_targets
-        assert signature.shift_invariant
-        assert {key: option.default for key, option in signature.options.items()} == {
-            "weight": None,
-            "ignore_index": -100,
-            "label_smoothing": 0.0,
-        }
+        assert signature.is_shift_invariant()
+        defaults = {key: option.default for key, option in signature.options.items()}
+        assert (
+            defaults.items()
+            >= {
+                "weight": None,
+                "ignore_index": -100,
+                "label_smoothing": 0.0,
+            }.items()
+        )
+
+    def test_shift_invariance_may_depend_on_the_options(self):
+        signature = registry.signature("cross_entropy")
+        assert signature.is_shift_invariant({"label_smoothing": 0.1})
+        assert not signature.is_shift_invariant({"z_loss": 1e-4})
+        assert not registry.signature("sigmoid_bce").is_shift_invariant()
+
+        def plain(logits, target): ...
+
+        assert read("plain", plain).is_shift_invariant()
+        plain.shift_invariant = False
+        assert not read("plain", plain).is_shift_invariant({})
+
+    def test_what_only_an_attribute_says(self):
+        assert registry.signature("balanced_softmax").min_class_count == 1
+        assert registry.signature("cross_entropy").min_class_count == 0
+        assert "ICCV 2017" in registry.signature("focal").reference
+        assert read("plain", lambda logits, target: ...).reference is None
 
     def test_capabilities_are_the_reserved_names(self):
         def loss(logits, target, *, weight=None, class_counts, gamma: float): ...

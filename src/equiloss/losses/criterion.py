@@ -70,8 +70,12 @@ class Criterion(nn.Module):
         self.signature = read(name, loss)
         _check_options(name, self.signature, options)
         counts = None if class_counts is None else torch.as_tensor(class_counts).cpu()
-        if "class_counts" in self.signature.supported and counts is None:
-            raise LossError(f"loss {name!r} needs class_counts, the rows of each training class")
+        if "class_counts" in self.signature.supported:
+            if counts is None:
+                raise LossError(
+                    f"loss {name!r} needs class_counts, the rows of each training class"
+                )
+            _check_counts(name, counts, self.signature.min_class_count)
 
         weight = options.pop("weight", None)
         self.ignore_index: int | None = options.pop("ignore_index", self._default("ignore_index"))
@@ -236,6 +240,15 @@ def _check_options(name: str, signature: Signature, options: Mapping[str, Any]) 
         isinstance(smoothing, (int, float)) and 0 <= smoothing <= 1
     ):
         raise LossError(f"loss.label_smoothing must lie in [0, 1], got {smoothing}")
+
+
+def _check_counts(name: str, counts: Tensor, fewest: int) -> None:
+    few = (counts < fewest).nonzero().flatten().tolist()
+    if few:
+        raise LossError(
+            f"loss {name!r} is undefined: class {few[0]} has {int(counts[few[0]])} training "
+            f"samples and needs at least {fewest}"
+        )
 
 
 def _is_zero(value: Any) -> bool:

@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from omegaconf import MISSING
@@ -58,16 +59,34 @@ class Signature:
     """Which of the reserved names the loss takes."""
     soft_targets: bool
     """Takes class probabilities [N, C] as targets."""
-    shift_invariant: bool
-    """loss(x + c) equals loss(x)."""
+    shift_invariant: bool | Callable[[Mapping[str, Any]], bool]
+    """loss(x + c) equals loss(x): whether it holds, or a function of the options that tells."""
     max_logit_range: Any
     """Largest logsumexp(x) - min(x) it is sound for: None, a float, or dtype -> float."""
+    min_class_count: int
+    """Fewest training rows of a class that it is defined for (with `class_counts`)."""
+    reference: str | None
+    """The paper that it comes from."""
 
     def domain(self, dtype: Any) -> float:
         """Largest logsumexp(x) - min(x) that the loss is sound for in `dtype`."""
         if callable(self.max_logit_range):
             return float(self.max_logit_range(dtype))
         return float("inf") if self.max_logit_range is None else float(self.max_logit_range)
+
+    def is_shift_invariant(self, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
+        """Whether loss(x + c) equals loss(x) with these options; those not named are defaults.
+
+        >>> def loss(logits, target, *, z_loss: float = 0.0): ...
+        >>> loss.shift_invariant = lambda options: options["z_loss"] == 0
+        >>> signature = read("loss", loss)
+        >>> signature.is_shift_invariant(), signature.is_shift_invariant({"z_loss": 1e-4})
+        (True, False)
+        """
+        if callable(self.shift_invariant):
+            defaults = {key: option.default for key, option in self.options.items()}
+            return bool(self.shift_invariant(defaults | dict(options)))
+        return self.shift_invariant
 
 
 def read(name: str, loss: LossFunction) -> Signature:
@@ -109,6 +128,7 @@ def read(name: str, loss: LossFunction) -> Signature:
         supported = frozenset(keywords) & set(RESERVED)
     if "name" in keywords:
         raise LossError(f"loss {name!r} has an option 'name': loss.name is the name of the loss")
+    shift_invariant = getattr(loss, "shift_invariant", True)
     return Signature(
         options={
             key: _option(key, parameter, hints)
@@ -117,8 +137,10 @@ def read(name: str, loss: LossFunction) -> Signature:
         },
         supported=supported,
         soft_targets=bool(getattr(loss, "soft_targets", False)),
-        shift_invariant=bool(getattr(loss, "shift_invariant", True)),
+        shift_invariant=shift_invariant if callable(shift_invariant) else bool(shift_invariant),
         max_logit_range=getattr(loss, "max_logit_range", None),
+        min_class_count=int(getattr(loss, "min_class_count", 0)),
+        reference=getattr(loss, "reference", None),
     )
 
 
