@@ -20,6 +20,7 @@ from equiloss.data.datasets import Batch
 from equiloss.dropout import RowKeys
 from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
+from equiloss.losses.projection import Projection
 from equiloss.metrics import Evaluated, EvaluationMetric
 from equiloss.step import GlobalStep, StepOutcome
 
@@ -83,6 +84,15 @@ class Classifier(LightningModule):
         """Logits: [N, C, H, W] -> [N, K]."""
         logits: Tensor = self.model(images)
         return logits
+
+    def outputs(self, images: Tensor) -> Tensor | Projection:
+        """What the loss asks for: logits [N, K], or the head's input and the head."""
+        if not self.criterion.signature.wants_features:
+            logits: Tensor = self.model(images)
+            return logits
+        features: Any = self.model.forward_features
+        head: Any = self.model.head
+        return Projection(features(images), head.weight, head.bias)
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -234,8 +244,10 @@ class Classifier(LightningModule):
         self._saved = saved
 
     def _evaluate(self, batch: Batch) -> Tensor:
-        logits: Tensor = self(batch.images)
-        self.evaluation.update(logits, batch.target, self.criterion(logits, batch.target))
+        outputs = self.outputs(batch.images)
+        # Ranks of classes and calibration are figures of the logits, whatever the loss takes.
+        logits = outputs.logits() if isinstance(outputs, Projection) else outputs
+        self.evaluation.update(logits, batch.target, self.criterion(outputs, batch.target))
         return logits
 
     def _finish_evaluation(self, split: str) -> None:

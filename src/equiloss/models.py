@@ -10,6 +10,7 @@ A network that exposes `forward_features` and `head` lets a loss ask for the hea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +171,61 @@ def build(
     if config.compile:
         model.compile()
     return model
+
+
+def expose_head(name: str, model: nn.Module, num_classes: int, *, compiled: bool = False) -> None:
+    """Make sure that a network has `forward_features` and a linear `head`, for losses that ask.
+
+    A network of torchvision gets both: its last linear layer is the head, and its features are
+    what that layer is given.
+
+    Args:
+        name: The network's name, for error messages.
+        model: Changed in place; names in its state_dict stay.
+        num_classes: K.
+        compiled: Whether features go through torch.compile.
+
+    Raises:
+        ModelError: for a network without a linear head of K outputs.
+    """
+    if not hasattr(model, "forward_features"):
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        if heads and heads[-1].out_features == num_classes:
+            last = heads[-1]
+            # The layer itself stays, with its name and its parameters.
+            last.__class__ = _Head
+            # Past nn.Module's own: the head has a place in the network already.
+            object.__setattr__(model, "head", last)
+            object.__setattr__(model, "forward_features", lambda images: _features(model, images))
+    features: Any = getattr(model, "forward_features", None)
+    if features is None or not isinstance(getattr(model, "head", None), nn.Linear):
+        raise ModelError(
+            f"model {name!r} has no linear head that gives the logits, which this loss asks for: "
+            "a network of your own exposes `forward_features` and `head` (an nn.Linear)"
+        )
+    if compiled:
+        object.__setattr__(model, "forward_features", torch.compile(features))
+
+
+class _Head(nn.Linear):
+    """A linear layer that can let its input through."""
+
+    bypassed = False
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
+        return input if self.bypassed else super().forward(input)
+
+
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the head of a network of torchvision is given: [N, C, H, W] -> [N, D]."""
+    head = model.head
+    assert isinstance(head, _Head)
+    head.bypassed = True
+    try:
+        features: Tensor = model(images)
+    finally:
+        head.bypassed = False
+    return features
 
 
 def has_batch_statistics(model: nn.Module) -> bool:

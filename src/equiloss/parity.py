@@ -27,6 +27,7 @@ from equiloss.config import ParityConfig
 from equiloss.errors import LossError, ParityError
 from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
+from equiloss.losses.projection import Projection
 from equiloss.step import StepOutcome
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ class ParityMonitor(Callback):
     ) -> None:
         """Keep the loss as this step sees it: the optimizer may change parameters of its own."""
         self._criterion = pl_module.criterion
-        if self._is_due(pl_module.step_index) and any(True for _ in self._criterion.parameters()):
+        due = self._is_due(pl_module.step_index)
+        pl_module.step.keep_head = due
+        if due and any(True for _ in self._criterion.parameters()):
             self._criterion = copy.deepcopy(self._criterion)
 
     def on_train_batch_end(
@@ -108,8 +111,11 @@ class ParityMonitor(Callback):
         self, outcome: StepOutcome, criterion: Criterion, step: int, rank: int
     ) -> dict[str, float]:
         """Compare one step's logits; every rank must call it. Returns the logged scalars."""
-        logits = outcome.logits.to(torch.promote_types(outcome.logits.dtype, torch.float32))
-        target = outcome.target
+        outputs, target = outcome.outputs, outcome.target
+        assert outputs is not None  # kept for this step
+        # A loss that takes features spares the logits in every other step.
+        logits = outputs.logits() if isinstance(outputs, Projection) else outputs
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         generator = torch.Generator().manual_seed((self.seed << 40) + (step << 16) + rank)
         unit_normal = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
         batch = self._with_oracle(logits, target)
@@ -131,7 +137,7 @@ class ParityMonitor(Callback):
         scalars["parity/max_ratio"] = max(scalars[f"parity/{n}/ratio"] for n in self.formulations)
 
         mass_error, mass_agrees = self._mass_error(outcome, batch)
-        global_error, global_agrees = self._global_error(outcome, criterion, logits, target)
+        global_error, global_agrees = self._global_error(outcome, criterion)
         scalars["parity/global_error"] = global_error
         self.mass_error = max(self.mass_error, mass_error)
         self.global_error = max(self.global_error, global_error)
@@ -200,19 +206,30 @@ class ParityMonitor(Callback):
         return error, error <= count * torch.finfo(logits.dtype).eps * summed[0]
 
     @staticmethod
-    def _global_error(
-        outcome: StepOutcome, criterion: Criterion, logits: Tensor, target: Tensor
-    ) -> tuple[float, bool]:
+    def _global_error(outcome: StepOutcome, criterion: Criterion) -> tuple[float, bool]:
         """The loss that trained against the loss of the gathered global batch on one rank."""
-        all_logits = reduction.gather_rows(logits)  # [N, K]
-        all_target = reduction.gather_rows(target)
+        outputs = outcome.outputs
+        assert outputs is not None
+        everything: Tensor | Projection
+        if isinstance(outputs, Projection):
+            everything = outputs._replace(features=reduction.gather_rows(outputs.features))
+        else:
+            everything = reduction.gather_rows(outputs)  # [N, K]
+        all_target = reduction.gather_rows(outcome.target)
         with torch.no_grad():
-            losses = criterion.per_sample(all_logits, all_target)  # [N]
+            losses = criterion.per_sample(everything, all_target)  # [N]
         mass = criterion.mass(all_target, losses.dtype)
         error = abs(outcome.loss - reduction.mean(losses.sum(), mass).item())
         # Any two orders of summation differ by at most N · eps · sum of |terms|.
         scale = reduction.mean(losses.abs().sum(), mass).item()
-        bound = len(losses) * torch.finfo(losses.dtype).eps * scale
+        eps = torch.finfo(losses.dtype).eps
+        bound = len(losses) * eps * scale
+        if isinstance(everything, Projection) and len(losses):
+            # The logits were made anew, from other numbers of rows: each product of a row and a
+            # class rounds D times (Higham, "Accuracy and stability", 2002, section 3.1), and a
+            # row's loss moves by twice the largest of them at most.
+            longest = everything.features.norm(dim=1).max() * everything.weight.norm(dim=1).max()
+            bound += 2 * everything.weight.shape[1] * eps * longest.item()
         return error, error <= bound
 
     def _report(self, step: int, disagreeing: list[str]) -> None:
@@ -238,6 +255,8 @@ def _with_options_of(
         # PyTorch's default: every run has it, few have such rows.
         del used["ignore_index"]
     probe = Criterion(name, class_counts=class_counts)
+    if probe.signature.wants_features:
+        raise LossError(f"parity.formulations: {name!r} takes features, not logits; leave it out")
     for key in used:
         if key not in probe.signature.supported:
             raise LossError(

@@ -76,6 +76,10 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
         image_shape=splits.image_shape,
         rows=rows,
     )
+    if criterion.signature.wants_features:
+        models.expose_head(
+            config.model.name, model, splits.num_classes, compiled=config.model.compile
+        )
     # Lightning would convert after it has loaded a checkpoint, and round float64 on the way.
     dtype = WEIGHTS.get(config.trainer.precision, torch.float32)
     classifier = Classifier(

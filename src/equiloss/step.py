@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from equiloss.errors import NonFiniteError
 from equiloss.losses import reduction
+from equiloss.losses.projection import Projection
 
 if TYPE_CHECKING:
     from equiloss.classifier import Classifier
@@ -40,8 +41,10 @@ class StepOutcome(NamedTuple):
     """2-norm of the synchronised gradient before clipping."""
     skipped: bool
     """Whether the gradient scaler of 16-mixed held the optimizer back."""
-    logits: Tensor
-    """This rank's logits [n, K], detached."""
+    outputs: Tensor | Projection | None
+    """This rank's logits [n, K], or what they are made from as this step saw it; detached.
+
+    None where there are only features and nobody asked to keep them."""
     target: Tensor
     """This rank's targets [n] or [n, K]."""
 
@@ -61,7 +64,9 @@ class GlobalStep:
         self.module = module
         self.micro_batch_size = micro_batch_size
         self.clip_norm = clip_norm
-        self._logits: list[Tensor] = []
+        self.keep_head = False
+        """Whether the next outcome holds a copy of the head, for a loss that takes features."""
+        self._parts: list[Tensor | Projection] = []
         self._target: Tensor
         self._total: reduction.PendingSum
         self._mass: Tensor
@@ -85,7 +90,7 @@ class GlobalStep:
         fields = (batch.images, batch.target, batch.index)
         parts = list(zip(*(torch.split(field, size) for field in fields), strict=True))
         total = torch.zeros((), dtype=module.loss_dtype, device=batch.target.device)
-        self._logits, self._target = [], batch.target
+        self._parts, self._target = [], batch.target
         for number, (images, target, index) in enumerate(parts, start=1):
             last = number == len(parts)
             # Gradients travel once per step: with the last micro-batch.
@@ -93,9 +98,9 @@ class GlobalStep:
                 contextlib.nullcontext() if last else self._gradients_stay(),
                 module.rows.of(index, batch.epoch),
             ):
-                logits = module(images)  # [n, C, H, W] -> [n, K]
-                part = criterion(logits, target)
-                self._logits.append(logits.detach())
+                outputs = module.outputs(images)  # [n, C, H, W] -> [n, K]
+                part = criterion(outputs, target)
+                self._parts.append(_detached(outputs))
                 total = total + part.total.detach()
                 if number == 1:
                     self._mass = pending.wait()
@@ -103,14 +108,15 @@ class GlobalStep:
                     # The log and the guard need the global loss: it travels during backward.
                     self._total = reduction.start_sum(total)
                 module.manual_backward(reduction.rank_loss(part.total, self._mass))
+        seen: Tensor | Projection | None = _joined(self._parts)
+        if isinstance(seen, Projection):
+            # The optimizer is about to change the head; a copy costs as much memory as it does.
+            seen = seen.snapshot() if self.keep_head else None
         optimizer.step()  # calls guard()
 
         loss, grad_norm, mass = self._seen
-        logits = torch.cat(self._logits)
-        self._logits = []
-        return StepOutcome(
-            loss, mass, grad_norm, not math.isfinite(grad_norm), logits, batch.target
-        )
+        self._parts = []
+        return StepOutcome(loss, mass, grad_norm, not math.isfinite(grad_norm), seen, batch.target)
 
     def guard(self, optimizer: Optimizer) -> None:
         """Clip the synchronised, unscaled gradient and refuse one that is not finite.
@@ -145,9 +151,12 @@ class GlobalStep:
     def _diagnosis(self) -> str:
         """Say where the number was lost; every rank enters, since every rank saw the norm."""
         module, criterion = self.module, self.module.criterion
-        rows = torch.cat(self._logits).requires_grad_()  # [n, K]
+        outputs = _joined(self._parts)
+        # Logits [n, K]; of a loss that takes features those [n, D].
+        rows = outputs.features if isinstance(outputs, Projection) else outputs
+        rows.requires_grad_()
         with torch.enable_grad():
-            losses = criterion.per_sample(rows, self._target)
+            losses = criterion.per_sample(outputs, self._target)
             (gradient,) = torch.autograd.grad(losses.sum(), rows)
         bad = ~(losses.isfinite() & gradient.isfinite().all(-1))  # [n]
         empty = rows.new_zeros(()).double()
@@ -160,12 +169,13 @@ class GlobalStep:
         )
         ranks = reduction.gather_rows(mine.unsqueeze(0)).tolist()  # [W, 3]
         loss, norm, _ = self._seen
+        what = "features" if isinstance(outputs, Projection) else "logits"
         where = [
-            f"rank {rank}: {int(count)} rows, logits from {low:.4g} to {high:.4g}"
+            f"rank {rank}: {int(count)} rows, {what} from {low:.4g} to {high:.4g}"
             for rank, (count, low, high) in enumerate(ranks)
             if count
         ] or [
-            f"rank {rank}: no row of the loss itself, logits from {low:.4g} to {high:.4g}"
+            f"rank {rank}: no row of the loss itself, {what} from {low:.4g} to {high:.4g}"
             for rank, (_, low, high) in enumerate(ranks)
         ]
         dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -183,3 +193,18 @@ class GlobalStep:
             f"is not finite; {'; '.join(where)}. {way_out} "
             "No weight was changed by this step."
         )
+
+
+def _detached(outputs: Tensor | Projection) -> Tensor | Projection:
+    if isinstance(outputs, Projection):
+        return outputs._replace(features=outputs.features.detach())
+    return outputs.detach()
+
+
+def _joined(parts: list[Tensor | Projection]) -> Tensor | Projection:
+    """The outputs of all micro-batches: [n_1, …], [n_2, …] -> [n, …]."""
+    first = parts[0]
+    if isinstance(first, Projection):
+        features = [part.features for part in parts if isinstance(part, Projection)]
+        return first._replace(features=torch.cat(features))
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])

@@ -23,7 +23,12 @@ from support import Run
 
 Loss = Callable[..., Tensor]
 
-BUILT_IN = [name for name in registry.names() if registry.provider(name).source == "equiloss"]
+BUILT_IN = [
+    name
+    for name in registry.names()
+    if registry.provider(name).source == "equiloss"
+    and not registry.signature(name).wants_features  # those are held to their logits' losses
+]
 SOFT = [name for name in BUILT_IN if registry.signature(name).soft_targets]
 EVERYWHERE = [name for name in BUILT_IN if registry.signature(name).max_logit_range is None]
 # Other options than the defaults, where these would leave a branch untried.

@@ -9,17 +9,18 @@ they add up over micro-batches and ranks; `equiloss.losses.reduction` does that.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from equiloss.errors import LossError, unknown
+from equiloss.errors import LossError
 from equiloss.imports import import_target
 from equiloss.losses import registry
-from equiloss.losses.signature import LossFunction, Signature, read
+from equiloss.losses.options import check_counts, check_options, class_weights
+from equiloss.losses.projection import Projection
+from equiloss.losses.signature import HEAD_BIAS, LossFunction, read
 from equiloss.losses.targets import validate_targets
 
 
@@ -68,14 +69,14 @@ class Criterion(nn.Module):
         else:
             loss = registry.get(name)
         self.signature = read(name, loss)
-        _check_options(name, self.signature, options)
+        check_options(name, self.signature, options)
         counts = None if class_counts is None else torch.as_tensor(class_counts).cpu()
         if "class_counts" in self.signature.supported:
             if counts is None:
                 raise LossError(
                     f"loss {name!r} needs class_counts, the rows of each training class"
                 )
-            _check_counts(name, counts, self.signature.min_class_count)
+            check_counts(name, counts, self.signature.min_class_count)
 
         weight = options.pop("weight", None)
         self.ignore_index: int | None = options.pop("ignore_index", self._default("ignore_index"))
@@ -86,7 +87,7 @@ class Criterion(nn.Module):
         # class weights), and DDP would broadcast a buffer before every forward pass.
         self._vectors: dict[str, Tensor] = {}
         if weight is not None:
-            self._vectors["weight"] = _weights(name, weight, counts)
+            self._vectors["weight"] = class_weights(name, weight, counts)
         if "class_counts" in self.signature.supported and counts is not None:
             self._vectors["class_counts"] = counts
         self._placed: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -111,11 +112,12 @@ class Criterion(nn.Module):
         }
         return {key: values[key] for key in self.signature.options if key in values}
 
-    def forward(self, logits: Tensor, target: Tensor) -> LossSum:
+    def forward(self, logits: Tensor | Projection, target: Tensor) -> LossSum:
         """Sum of the losses of a batch, and its mass.
 
         Args:
-            logits: Unnormalised scores [N, C]; half precision is promoted to float32.
+            logits: Unnormalised scores [N, C], or what they are made from for a loss that wants
+                features; half precision is promoted to float32.
             target: Classes [N] int64, or probabilities [N, C] where the loss takes them.
 
         Returns:
@@ -124,25 +126,31 @@ class Criterion(nn.Module):
         losses = self.per_sample(logits, target)  # [N]
         return LossSum(losses.sum(), self.mass(target, losses.dtype))
 
-    def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
+    def per_sample(self, logits: Tensor | Projection, target: Tensor) -> Tensor:
         """Loss of each row [N], in nats; ignored rows are exactly 0, in value and gradient."""
         self._check_batch(logits, target)
+        rows = logits.features if isinstance(logits, Projection) else logits  # [N, D] or [N, C]
         # Autocast would take log and softmax to bfloat16 on a CPU and to float32 on CUDA.
-        with torch.autocast(logits.device.type, enabled=False):
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            logits = logits.to(dtype)
+        with torch.autocast(rows.device.type, enabled=False):
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            rows = rows.to(dtype)
             keywords = dict(self._keywords)
             for key in self._vectors:
-                keywords[key] = self._vector(key, dtype, logits.device)
+                keywords[key] = self._vector(key, dtype, rows.device)
             if target.is_floating_point():
                 target = target.to(dtype)
             elif self.ignore_index is not None:
                 keywords["ignore_index"] = self.ignore_index
                 ignored = (target == self.ignore_index).unsqueeze(-1)
                 # Equal logits are harmless in every loss; NaN · 0 would not be.
-                logits = logits.masked_fill(ignored, 0)
-            losses: Tensor = self.loss(logits, target, **keywords)
-        self._check_result(losses, logits)
+                rows = rows.masked_fill(ignored, 0)
+            leading = [rows]
+            if isinstance(logits, Projection):
+                leading.append(logits.weight.to(dtype))
+                if logits.bias is not None:
+                    keywords[HEAD_BIAS] = logits.bias.to(dtype)
+            losses: Tensor = self.loss(*leading, target, **keywords)
+        self._check_result(losses, rows)
         return losses
 
     def mass(self, target: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -188,13 +196,17 @@ class Criterion(nn.Module):
         option = self.signature.options.get(key)
         return None if option is None else option.default
 
-    def _check_batch(self, logits: Tensor, target: Tensor) -> None:
-        if logits.ndim != 2 or target.shape not in (logits.shape[:1], logits.shape):
+    def _check_batch(self, logits: Tensor | Projection, target: Tensor) -> None:
+        if isinstance(logits, Projection) != self.signature.wants_features:
+            wants = "features and a head" if self.signature.wants_features else "logits"
+            raise LossError(f"loss {self.name!r} takes {wants}, and was given the other")
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else self._projected(logits)
+        if len(shape) != 2 or target.shape not in (shape[:1], shape):
             raise LossError(
                 "logits must be [N, C] and targets [N] or [N, C]; got "
-                f"{list(logits.shape)} and {list(target.shape)}"
+                f"{list(shape)} and {list(target.shape)}"
             )
-        classes = logits.shape[1]
+        classes = shape[1]
         self.check_classes(classes)
         if target.is_floating_point() and not self.signature.soft_targets:
             raise LossError(
@@ -206,79 +218,22 @@ class Criterion(nn.Module):
             # checked them on the host.
             validate_targets(target, classes, self.ignore_index)
 
-    def _check_result(self, losses: Any, logits: Tensor) -> None:
-        if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
+    def _projected(self, projection: Projection) -> tuple[int, ...]:
+        """Shape of the logits that a projection stands for."""
+        if projection.bias is not None and not self.signature.takes_head_bias:
+            raise LossError(
+                f"loss {self.name!r} takes no {HEAD_BIAS}, and the network's head has a bias"
+            )
+        return (*projection.features.shape[:-1], projection.weight.shape[0])
+
+    def _check_result(self, losses: Any, rows: Tensor) -> None:
+        if not isinstance(losses, Tensor) or losses.shape != rows.shape[:1]:
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise LossError(
-                f"loss {self.name!r} returned {got} for {logits.shape[0]} rows: a loss returns "
+                f"loss {self.name!r} returned {got} for {rows.shape[0]} rows: a loss returns "
                 "one value per row [N] and never reduces"
             )
-        if logits.requires_grad and not losses.requires_grad:
+        if rows.requires_grad and not losses.requires_grad:
             raise LossError(
                 f"loss {self.name!r} returned a result without gradient: it must not detach"
             )
-
-
-def _check_options(name: str, signature: Signature, options: Mapping[str, Any]) -> None:
-    for key, value in options.items():
-        if key not in signature.options:
-            if key in ("weight", "label_smoothing") and (value is None or _is_zero(value)):
-                continue
-            raise LossError(unknown(f"option of loss {name!r}", key, signature.options))
-        choices = signature.options[key].choices
-        if choices and value not in choices:
-            raise LossError(unknown(f"value of loss.{key}", str(value), choices))
-    required = [
-        key
-        for key, option in signature.options.items()
-        if option.default == "???" and options.get(key, "???") == "???"
-    ]
-    if required:
-        raise LossError(f"loss {name!r} requires {', '.join(f'loss.{key}' for key in required)}")
-    smoothing = options.get("label_smoothing", 0.0)
-    if "label_smoothing" in signature.options and not (
-        isinstance(smoothing, (int, float)) and 0 <= smoothing <= 1
-    ):
-        raise LossError(f"loss.label_smoothing must lie in [0, 1], got {smoothing}")
-
-
-def _check_counts(name: str, counts: Tensor, fewest: int) -> None:
-    few = (counts < fewest).nonzero().flatten().tolist()
-    if few:
-        raise LossError(
-            f"loss {name!r} is undefined: class {few[0]} has {int(counts[few[0]])} training "
-            f"samples and needs at least {fewest}"
-        )
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value == 0
-
-
-def _weights(name: str, weight: Any, counts: Tensor | None) -> Tensor:
-    """Class weights [C] in float64 from `"balanced"` or one number per class."""
-    if isinstance(weight, str):
-        if weight != "balanced":
-            raise LossError(f"loss.weight must be null, 'balanced' or a list, got {weight!r}")
-        if counts is None:
-            raise LossError(
-                f"loss {name!r} with weight=balanced needs class_counts, the rows of each "
-                "training class"
-            )
-        empty = (counts == 0).nonzero().flatten().tolist()
-        if empty:
-            raise LossError(
-                f"loss.weight=balanced is undefined: class {empty[0]} has no training sample"
-            )
-        return counts.sum() / (len(counts) * counts.double())
-    try:
-        values = torch.as_tensor(weight, dtype=torch.float64, device="cpu").detach().clone()
-    except (TypeError, ValueError) as error:
-        raise LossError(f"loss.weight must be null, 'balanced' or a list: {error}") from error
-    wrong = [w for w in values.flatten().tolist() if not (math.isfinite(w) and w >= 0)]
-    if values.ndim != 1 or wrong:
-        raise LossError(
-            "loss.weight needs one finite, non-negative number per class; got "
-            f"{wrong[0] if wrong else list(values.shape)}"
-        )
-    return values

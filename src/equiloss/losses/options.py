@@ -1,8 +1,16 @@
-"""The domain of a loss's options, checked where they are used."""
+"""What options a loss takes, and their domains: checked before a batch, or where they are used."""
 
 from __future__ import annotations
 
-from equiloss.errors import LossError
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equiloss.errors import LossError, unknown
+from equiloss.losses.signature import Signature
 
 
 def require(condition: bool, rule: str, value: object) -> None:
@@ -22,3 +30,74 @@ def require(condition: bool, rule: str, value: object) -> None:
     """
     if not condition:
         raise LossError(f"{rule}, got {value}")
+
+
+def check_options(name: str, signature: Signature, options: Mapping[str, Any]) -> None:
+    """Refuse options that a loss has not, that it requires, or that lie out of their range.
+
+    Raises:
+        LossError: naming the option and the choices.
+    """
+    for key, value in options.items():
+        if key not in signature.options:
+            if key in ("weight", "label_smoothing") and (value is None or _is_zero(value)):
+                continue
+            raise LossError(unknown(f"option of loss {name!r}", key, signature.options))
+        choices = signature.options[key].choices
+        if choices and value not in choices:
+            raise LossError(unknown(f"value of loss.{key}", str(value), choices))
+    required = [
+        key
+        for key, option in signature.options.items()
+        if option.default == "???" and options.get(key, "???") == "???"
+    ]
+    if required:
+        raise LossError(f"loss {name!r} requires {', '.join(f'loss.{key}' for key in required)}")
+    smoothing = options.get("label_smoothing", 0.0)
+    if "label_smoothing" in signature.options and not (
+        isinstance(smoothing, (int, float)) and 0 <= smoothing <= 1
+    ):
+        raise LossError(f"loss.label_smoothing must lie in [0, 1], got {smoothing}")
+
+
+def check_counts(name: str, counts: Tensor, fewest: int) -> None:
+    """Refuse class counts [C] of which one is below `fewest`; raises `LossError`."""
+    few = (counts < fewest).nonzero().flatten().tolist()
+    if few:
+        raise LossError(
+            f"loss {name!r} is undefined: class {few[0]} has {int(counts[few[0]])} training "
+            f"samples and needs at least {fewest}"
+        )
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == 0
+
+
+def class_weights(name: str, weight: Any, counts: Tensor | None) -> Tensor:
+    """Class weights [C] in float64 from `"balanced"` or one number per class."""
+    if isinstance(weight, str):
+        if weight != "balanced":
+            raise LossError(f"loss.weight must be null, 'balanced' or a list, got {weight!r}")
+        if counts is None:
+            raise LossError(
+                f"loss {name!r} with weight=balanced needs class_counts, the rows of each "
+                "training class"
+            )
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            raise LossError(
+                f"loss.weight=balanced is undefined: class {empty[0]} has no training sample"
+            )
+        return counts.sum() / (len(counts) * counts.double())
+    try:
+        values = torch.as_tensor(weight, dtype=torch.float64, device="cpu").detach().clone()
+    except (TypeError, ValueError) as error:
+        raise LossError(f"loss.weight must be null, 'balanced' or a list: {error}") from error
+    wrong = [w for w in values.flatten().tolist() if not (math.isfinite(w) and w >= 0)]
+    if values.ndim != 1 or wrong:
+        raise LossError(
+            "loss.weight needs one finite, non-negative number per class; got "
+            f"{wrong[0] if wrong else list(values.shape)}"
+        )
+    return values

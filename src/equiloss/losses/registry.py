@@ -29,6 +29,7 @@ _BUILT_IN = {
     "focal": "equiloss.losses.focal:focal",
     "generalized_cross_entropy": "equiloss.losses.robust:generalized_cross_entropy",
     "ldam": "equiloss.losses.long_tail:ldam",
+    "linear_cross_entropy": "equiloss.losses.linear:linear_cross_entropy",
     "log_softmax_nll": "equiloss.losses.formulations:log_softmax_nll",
     "logit_adjusted": "equiloss.losses.long_tail:logit_adjusted",
     "poly1": "equiloss.losses.focal:poly1",

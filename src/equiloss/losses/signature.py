@@ -20,6 +20,9 @@ from omegaconf import MISSING
 
 from equiloss.errors import LossError
 
+# How a loss begins, and whether it wants the head's input instead of the logits.
+LEADING = {("logits", "target"): False, ("features", "head_weight", "target"): True}
+HEAD_BIAS = "head_bias"
 RESERVED = ("weight", "ignore_index", "label_smoothing", "class_counts")
 
 LossFunction = Callable[..., Any]
@@ -57,6 +60,10 @@ class Signature:
     """Every configurable keyword, reserved ones included, in the order of the signature."""
     supported: frozenset[str]
     """Which of the reserved names the loss takes."""
+    wants_features: bool
+    """Takes the input of the network's head and the head, not the logits."""
+    takes_head_bias: bool
+    """Takes the head's bias beside its weight."""
     soft_targets: bool
     """Takes class probabilities [N, C] as targets."""
     shift_invariant: bool | Callable[[Mapping[str, Any]], bool]
@@ -99,7 +106,8 @@ def read(name: str, loss: LossFunction) -> Signature:
         loss: The function or class.
 
     Raises:
-        LossError: if it does not begin with (logits, target), or has further positional arguments.
+        LossError: if it does not begin with (logits, target) or (features, head_weight, target),
+            or has further positional arguments.
 
     >>> def poly1(logits, target, *, epsilon: float = 1.0, ignore_index: int = -100): ...
     >>> signature = read("poly1", poly1)
@@ -109,10 +117,12 @@ def read(name: str, loss: LossFunction) -> Signature:
     if inspect.isclass(loss):
         forward: LossFunction = getattr(loss, "forward", loss.__call__)
         call, call_hints = _keywords(name, forward, skip_self=True)
-        _check_leading(name, forward, skip_self=True)
+        wants_features = _leading(name, forward, skip_self=True)
+        takes_bias = wants_features and call.pop(HEAD_BIAS, None) is not None
         made: dict[str, inspect.Parameter] = {}
         hints: dict[str, Any] = {}
-        if loss.__init__.__qualname__ != "Module.__init__":  # nn.Module's takes anything
+        maker = next(base for base in loss.__mro__ if "__init__" in vars(base))
+        if maker.__module__ != "torch.nn.modules.module":  # nn.Module's own takes anything
             made, hints = _keywords(name, loss, skip_self=False)
         for key in (*(key for key in made if key in RESERVED), *(set(call) - set(RESERVED))):
             raise LossError(
@@ -123,8 +133,9 @@ def read(name: str, loss: LossFunction) -> Signature:
         hints = {**call_hints, **hints}
         supported = frozenset(call) & set(RESERVED)
     else:
-        _check_leading(name, loss, skip_self=False)
+        wants_features = _leading(name, loss, skip_self=False)
         keywords, hints = _keywords(name, loss, skip_self=False)
+        takes_bias = wants_features and keywords.pop(HEAD_BIAS, None) is not None
         supported = frozenset(keywords) & set(RESERVED)
     if "name" in keywords:
         raise LossError(f"loss {name!r} has an option 'name': loss.name is the name of the loss")
@@ -136,6 +147,8 @@ def read(name: str, loss: LossFunction) -> Signature:
             if key != "class_counts"
         },
         supported=supported,
+        wants_features=wants_features,
+        takes_head_bias=takes_bias,
         soft_targets=bool(getattr(loss, "soft_targets", False)),
         shift_invariant=shift_invariant if callable(shift_invariant) else bool(shift_invariant),
         max_logit_range=getattr(loss, "max_logit_range", None),
@@ -151,17 +164,20 @@ def _parameters(name: str, function: LossFunction) -> list[inspect.Parameter]:
         raise LossError(f"loss {name!r} has no signature to read its options from") from error
 
 
-def _check_leading(name: str, function: LossFunction, *, skip_self: bool) -> None:
+def _leading(name: str, function: LossFunction, *, skip_self: bool) -> bool:
+    """Whether a loss wants features, by the arguments that it begins with."""
     positional = [
         parameter.name
         for parameter in _parameters(name, function)
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ][skip_self:]
-    if positional != ["logits", "target"]:
+    if tuple(positional) not in LEADING:
         raise LossError(
             f"loss {name!r} has the positional arguments ({', '.join(positional)}): a loss is "
-            "written (logits, target, *, …), everything after the two being keyword-only"
+            "written (logits, target, *, …) or (features, head_weight, target, *, …), everything "
+            "after these being keyword-only"
         )
+    return LEADING[tuple(positional)]
 
 
 def _keywords(
@@ -180,7 +196,8 @@ def _keywords(
     except (NameError, TypeError):
         # One annotation that cannot be resolved fails the whole call: the defaults' types serve.
         hints = {}
-    return {p.name: p for p in parameters if p.name not in ("logits", "target")}, hints
+    leading = {name for names in LEADING for name in names}
+    return {p.name: p for p in parameters if p.name not in leading}, hints
 
 
 def _option(key: str, parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Option:
