@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from equiloss.errors import LossError
 from equiloss.imports import import_target
 from equiloss.losses import registry
+from equiloss.losses.adapter import adapted
 from equiloss.losses.options import check_counts, check_options, class_weights
 from equiloss.losses.projection import Projection
 from equiloss.losses.signature import HEAD_BIAS, LossFunction, read
@@ -64,7 +65,7 @@ class Criterion(nn.Module):
         self.name = name
         if name == "custom":
             target = options.pop("target", None)
-            loss = import_target(str(target), "loss.target", LossError)
+            loss = adapted(name, import_target(str(target), "loss.target", LossError))
             options = dict(options.pop("options", None) or {}) | options
         else:
             loss = registry.get(name)

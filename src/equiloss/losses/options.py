@@ -42,6 +42,8 @@ def check_options(name: str, signature: Signature, options: Mapping[str, Any]) -
         if key not in signature.options:
             if key in ("weight", "label_smoothing") and (value is None or _is_zero(value)):
                 continue
+            if key in signature.refused:
+                raise LossError(f"loss {name!r} takes no {key} here: {signature.refused[key]}")
             raise LossError(unknown(f"option of loss {name!r}", key, signature.options))
         choices = signature.options[key].choices
         if choices and value not in choices:

@@ -15,6 +15,7 @@ from typing import TypeVar, overload
 
 from equiloss.errors import LossError, unknown
 from equiloss.imports import import_target
+from equiloss.losses.adapter import adapted
 from equiloss.losses.signature import LossFunction, Signature, read
 
 GROUP = "equiloss.losses"
@@ -121,8 +122,9 @@ def register(loss: _F | None = None, *, name: str | None = None) -> _F | Callabl
             raise LossError(
                 f"cannot register {source} as loss {key!r}: {claim.source} provides that name"
             )
-    read(key, loss)
-    _registered[key] = Provider(key, source, lambda: loss)
+    ours = adapted(key, loss)
+    read(key, ours)
+    _registered[key] = Provider(key, source, lambda: ours)
     return loss
 
 
@@ -158,6 +160,6 @@ def _plugin(entry_point: EntryPoint) -> Provider:
                 f"loss {entry_point.name!r} of {source} ({entry_point.value}) is a "
                 f"{type(loss).__name__}, not a function or class"
             )
-        return loss
+        return adapted(entry_point.name, loss)
 
     return Provider(entry_point.name, source, load)

@@ -74,6 +74,8 @@ class Signature:
     """Fewest training rows of a class that it is defined for (with `class_counts`)."""
     reference: str | None
     """The paper that it comes from."""
+    refused: Mapping[str, str]
+    """Keywords that it has and that are not offered here, with the reason."""
 
     def domain(self, dtype: Any) -> float:
         """Largest logsumexp(x) - min(x) that the loss is sound for in `dtype`."""
@@ -154,6 +156,7 @@ def read(name: str, loss: LossFunction) -> Signature:
         max_logit_range=getattr(loss, "max_logit_range", None),
         min_class_count=int(getattr(loss, "min_class_count", 0)),
         reference=getattr(loss, "reference", None),
+        refused=getattr(loss, "refused", {}),
     )
 
 
