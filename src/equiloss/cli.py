@@ -11,9 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from equiloss.errors import UserError
-from equiloss.losses import registry
-from equiloss.losses.signature import Signature
+from equiloss import catalogue
+from equiloss.errors import LossError, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 verify = typer.Typer(no_args_is_help=True, help="Measure what this project promises.")
@@ -27,37 +26,30 @@ def _command() -> None:
 
 @app.command()
 def losses(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this loss: formula, docstring, options and a plot.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """List the registered losses: where each comes from, its options, and what it can do."""
-    rows = []
-    for name in registry.names():
-        row: dict[str, object] = {"name": name}
-        try:
-            row["source"] = registry.provider(name).source
-            row |= _describe(registry.signature(name))
-        except UserError as error:
-            # A broken plugin is named, and breaks no other.
-            row["error"] = str(error)
-        rows.append(row)
-    if as_json:
-        print(json.dumps(rows, indent=2, default=str))
+    if name is None:
+        found = catalogue.entries()
+        if as_json:
+            print(json.dumps([one.listed() for one in found], indent=2, default=str))
+        else:
+            Console().print(catalogue.table(found))
         return
-    table = Table("name", "source", "options", "soft targets", "largest logit range")
-    for row in rows:
-        if "error" in row:
-            table.add_row(str(row["name"]), str(row.get("source", "")), str(row["error"]))
-            continue
-        options = row["options"]
-        assert isinstance(options, dict)
-        table.add_row(
-            str(row["name"]),
-            str(row["source"]),
-            ", ".join(f"{key}={value}" for key, value in options.items()),
-            "yes" if row["soft_targets"] else "no",
-            str(row["max_logit_range"] or "any"),
-        )
-    Console().print(table)
+    try:
+        one = catalogue.entry(name)
+        if one.error is not None:
+            raise LossError(one.error)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if as_json:
+        print(json.dumps(catalogue.page(one), indent=2, default=str))
+    else:
+        catalogue.show_page(one, Console())
 
 
 @verify.command()
@@ -139,18 +131,3 @@ def report(
     for line in comparison.verdict.lines:
         console.print(f"- {line}", highlight=False, soft_wrap=True)
     console.print(f"report: {output or directories[0] / 'report'}/report.md", soft_wrap=True)
-
-
-def _describe(signature: Signature) -> dict[str, object]:
-    limit = signature.max_logit_range
-    if callable(limit):
-        import torch
-
-        limit = {str(d).removeprefix("torch."): limit(d) for d in (torch.float32, torch.float64)}
-    return {
-        "options": {key: option.default for key, option in signature.options.items()},
-        "supports": sorted(signature.supported),
-        "soft_targets": signature.soft_targets,
-        "shift_invariant": signature.shift_invariant,
-        "max_logit_range": limit,
-    }
