@@ -82,7 +82,12 @@ def test_balanced_class_weights(labels: list[int]) -> None:
 
 
 def test_metrics() -> None:
-    from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+    from sklearn.metrics import (
+        balanced_accuracy_score,
+        confusion_matrix,
+        log_loss,
+        top_k_accuracy_score,
+    )
 
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(200, 7, generator=generator)
@@ -97,3 +102,5 @@ def test_metrics() -> None:
     assert got.scalars["nll"] == pytest.approx(log_loss(target, p, labels=labels), rel=2**-23)
     top5 = top_k_accuracy_score(target, p, k=5, labels=labels)
     assert got.scalars["acc_top5"] == pytest.approx(top5, rel=1e-15)
+    balanced = balanced_accuracy_score(target, logits.argmax(-1))
+    assert got.scalars["balanced_acc"] == pytest.approx(balanced, rel=1e-15)

@@ -207,11 +207,11 @@ def test_an_unknown_command_is_refused():
 class TestVerifyInvariance:
     def test_it_writes_the_table_and_exits_0(self, tmp_path: Path) -> None:
         output = call("verify", "invariance", "--part", "evaluation", "--output", str(tmp_path))
-        assert "evaluation: 84 figures, all within their bounds" in output
+        assert "evaluation: 96 figures, all within their bounds" in output
         report = json.loads((tmp_path / "invariance.json").read_text())
         assert report["holds"] is True
         assert report["parts"].keys() == {"evaluation"}
-        assert len(report["parts"]["evaluation"]["cells"]) == 84
+        assert len(report["parts"]["evaluation"]["cells"]) == 96
         page = (tmp_path / "invariance.md").read_text()
         assert "| N=359, confusion matrix | 0 | 0 | 0 | 0 |" in page
 

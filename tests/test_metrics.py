@@ -107,10 +107,18 @@ class TestDefinitions:
         got = evaluate(torch.tensor([[0.0, 9.0, 0.0]]), torch.tensor([2]))
         assert got.confusion.tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 0]]
 
+    def test_balanced_accuracy_counts_every_class_that_occurs_alike(self):
+        target = torch.tensor([0] * 8 + [1] * 2)  # and class 2 does not occur
+        logits = F.one_hot(torch.tensor([0] * 8 + [1, 0]), 3).float()
+        got = evaluate(logits, target).scalars
+        assert got["acc"] == 0.9
+        assert got["balanced_acc"] == (1.0 + 0.5) / 2
+        assert got["balanced_acc"] == balanced_accuracy_score(target, logits.argmax(-1))
+
     def test_soft_targets_count_by_their_largest_class_except_in_the_losses(self):
         logits, target = batch(soft=True)
         soft, hard = evaluate(logits, target), evaluate(logits, target.argmax(-1))
-        for name in ("acc", "acc_top5", "ece"):
+        for name in ("acc", "balanced_acc", "acc_top5", "ece"):
             assert soft.scalars[name] == hard.scalars[name]
         expected = F.cross_entropy(logits.double(), target.double()).item()
         # Per row, float32 rounds K products and their sum.
@@ -194,7 +202,7 @@ def assert_same(got: Evaluated, expected: Evaluated, rel: float = 40 * 2**-23) -
     """Integer counts exactly; sums of 40 losses as float32 may regroup them, if not told else."""
     assert got.samples == expected.samples
     assert torch.equal(got.confusion, expected.confusion)
-    for name in ("acc", "acc_top5"):
+    for name in ("acc", "balanced_acc", "acc_top5"):
         assert got.scalars[name] == expected.scalars[name]
     for name in ("loss", "nll"):
         assert got.scalars[name] == pytest.approx(expected.scalars[name], rel=rel)

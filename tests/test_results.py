@@ -86,7 +86,7 @@ class TestNames:
             *(
                 f"{s}/{m}"
                 for s in ("val", "test")
-                for m in ("loss", "nll", "acc", "acc_top5", "ece")
+                for m in ("loss", "nll", "acc", "balanced_acc", "acc_top5", "ece")
             ),
             *(
                 f"parity/{loss}/{m}"

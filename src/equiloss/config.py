@@ -7,6 +7,7 @@ no sense. Defaults live here, and the files in `conf/` hold only what distinguis
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf import MISSING, DictConfig
 from equiloss.errors import ConfigError, choose
 
 TASKS = ("fit", "validate", "test")
-SPLIT_METRICS = ("loss", "nll", "acc", "acc_top5", "ece")
+SPLIT_METRICS = ("loss", "nll", "acc", "balanced_acc", "acc_top5", "ece")
 PRECISIONS = (
     *("64-true", "32-true", "bf16-true", "16-true"),
     *("bf16-mixed", "16-mixed"),
@@ -118,6 +119,9 @@ class DataConfig:
     """Seed of the stratified split; not the run's seed, so that every run sees the same split."""
     max_samples: int | None = None
     """Use at most this many samples of each split (null: all)."""
+    long_tail: float | None = None
+    """Thin the training split out until its first class is this many times as large as its last,
+    with sizes that fall geometrically in between (null: as it is); val and test stay whole."""
     image_size: int | None = None
     """Resize images to this height and width, in pixels (null: as stored)."""
     mean: list[float] | None = None
@@ -137,6 +141,10 @@ class DataConfig:
         for key in ("val_fraction", "test_fraction"):
             value = getattr(self, key)
             _require(0 < value < 1, f"data.{key} must lie between 0 and 1, got {value}")
+        _require(
+            self.long_tail is None or 1 <= self.long_tail < math.inf,
+            f"data.long_tail must be finite and at least 1, got {self.long_tail}",
+        )
         _require(
             (self.name == "custom") == (self.target is not None),
             "data.target names a function for data=custom, and only there: "

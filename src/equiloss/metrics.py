@@ -25,7 +25,7 @@ class Evaluated(NamedTuple):
     """What an evaluation found."""
 
     scalars: dict[str, float]
-    """loss and nll in nats; acc, acc_top5 and ece in [0, 1]."""
+    """loss and nll in nats; acc, balanced_acc, acc_top5 and ece in [0, 1]."""
     samples: int
     """Samples seen over all ranks, ignored ones included."""
     confusion: Tensor
@@ -40,6 +40,9 @@ class EvaluationMetric(Metric):
     - `loss`: the configured loss, total over mass.
     - `nll`: plain cross-entropy, comparable between runs with different losses.
     - `acc`: share of rows whose largest logit is the true class (micro average).
+    - `balanced_acc`: mean over the classes that occur of the share of their rows that is right
+      (macro-averaged recall); Brodersen et al., "The balanced accuracy and its posterior
+      distribution", ICPR 2010.
     - `acc_top5`: share of rows whose true class is among the min(5, K) largest logits.
     - `ece`: expected calibration error over 15 equal bins of the largest probability; Guo et al.,
       "On Calibration of Modern Neural Networks", ICML 2017. It keeps sums per bin, not every
@@ -119,7 +122,20 @@ class EvaluationMetric(Metric):
             "loss": float(sums["loss_total"]) / mass if mass > 0 else 0.0,
             "nll": float(sums["nll_total"]) / rows,
             "acc": int(confusion.trace()) / rows,
+            "balanced_acc": _balanced_accuracy(confusion),
             "acc_top5": int(sums["top5"]) / rows,
             "ece": float((right - confidence).abs().sum()) / rows,
         }
         return Evaluated(scalars, int(sums["samples"]), confusion, sums["calibration"])
+
+
+def _balanced_accuracy(confusion: Tensor) -> float:
+    """Mean recall of the classes that occur, from counts [K, K]; 0 without a row.
+
+    >>> _balanced_accuracy(torch.tensor([[8, 2, 0], [1, 1, 0], [0, 0, 0]]))
+    0.65
+    """
+    rows = confusion.sum(1)  # [K]
+    occurs = rows > 0
+    recalls = confusion.diagonal()[occurs].double() / rows[occurs].double()
+    return float(recalls.mean()) if len(recalls) else 0.0

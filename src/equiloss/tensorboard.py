@@ -151,7 +151,7 @@ def chart_layout(formulations: Sequence[str]) -> dict[str, dict[str, list[Any]]]
         },
         "training": {
             "loss (nats)": ["Multiline", ["train/loss$", "val/loss$"]],
-            "accuracy": ["Multiline", ["val/acc$", "val/acc_top5$"]],
+            "accuracy": ["Multiline", ["val/acc$", "val/balanced_acc$", "val/acc_top5$"]],
         },
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from equiloss.config import SPLIT_METRICS
 from equiloss.invariance import evaluation, interruption, order, trajectories
 from equiloss.invariance.evaluation import Figures
 from equiloss.results import METRICS
@@ -49,12 +50,12 @@ def test_order_and_pixels_are_those_of_one_process(tmp_path: Path) -> None:
 def test_evaluations_are_those_of_one_process(tmp_path: Path) -> None:
     part = evaluation.measure(tmp_path)["evaluation"]
     assert [cell for cell in part.cells if not cell.holds] == []
-    assert len(part.cells) == 4 * 3 * 7
+    assert len(part.cells) == 4 * 3 * 8
 
 
 def test_a_padded_evaluation_is_found_out() -> None:
     """One sample counted twice, as a padding sampler does."""
-    metrics = {f"test/{name}": 0.5 for name in ("loss", "nll", "acc", "acc_top5", "ece")}
+    metrics = {f"test/{name}": 0.5 for name in SPLIT_METRICS}
     right = Figures(metrics, 3, [[2, 0], [0, 1]])
     padded = Figures(metrics | {"test/nll": 0.6, "test/acc": 0.75}, 4, [[3, 0], [0, 1]])
     cells = evaluation.compare({1: {3: right}, 2: {3: padded}}, 3)

@@ -188,7 +188,7 @@ def _check_call(where: str, function: Callable[..., Any], options: Mapping[str, 
 
 
 def _configured(config: DataConfig, splits: Splits, where: str) -> Splits:
-    for key in ("max_samples", "image_size"):
+    for key in ("max_samples", "long_tail", "image_size"):
         if getattr(config, key) is not None:
             raise ConfigError(
                 f"data.{key} has no effect on the Splits that {where} returned: limit and resize "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equiloss.config import DataConfig
 from equiloss.data.sources import FileSource
-from equiloss.data.splits import SPLITS, Splits, holdout, limited
+from equiloss.data.splits import SPLITS, Splits, holdout, limited, long_tailed
 from equiloss.errors import ConfigError, DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
@@ -54,6 +54,9 @@ def image_folder(config: DataConfig, *, channels: int = 3) -> Splits:
         raise ConfigError(f"data.options.channels is 1 (grey) or 3 (RGB), got {channels}")
     class_names, files = _find(Path(config.root), config)
     sources = {}
+    tail = long_tailed(files["train"].targets, class_names, config)
+    if tail is not None:
+        files["train"] = files["train"].at(tail)
     for split in SPLITS:
         rows = limited(len(files[split].paths), config)
         paths, targets = files[split] if rows is None else files[split].at(rows)

@@ -23,6 +23,7 @@ class Stream(IntEnum):
     DROPOUT = 5
     RANK = 6
     MIX = 7
+    LONG_TAIL = 8
 
 
 def keyed_bits(

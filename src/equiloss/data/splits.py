@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +85,7 @@ def in_memory(
     """Make splits of tensors: limited, resized and with their statistics as `config` says.
 
     Args:
-        config: `max_samples`, `image_size`, `mean`, `std` and `split_seed` are used.
+        config: `long_tail`, `max_samples`, `image_size`, `mean`, `std` and `split_seed` are used.
         pairs: For train, val and test each: images [N, C, H, W] uint8 and targets, [N] int64 or
             [N, K] floating point.
         class_names: Names of the classes, in the order of the targets.
@@ -92,9 +93,10 @@ def in_memory(
     sources = {}
     for split in SPLITS:
         images, targets = pairs[split]
-        rows = limited(len(targets), config)
-        if rows is not None:
-            images, targets = images[rows], targets[rows]
+        tail = long_tailed(targets, class_names, config) if split == "train" else None
+        for rows in (tail, limited(len(targets) if tail is None else len(tail), config)):
+            if rows is not None:
+                images, targets = images[rows], targets[rows]
         if config.image_size is not None:
             images = resize(images, config.image_size)
         sources[split] = ArraySource(images, targets)
@@ -113,6 +115,40 @@ def limited(length: int, config: DataConfig) -> Tensor | None:
         return None
     # Files are often sorted by class or by difficulty, so the first ones would not do.
     return _shuffled(length, config.split_seed)[: config.max_samples]
+
+
+def long_tailed(targets: Tensor, class_names: Sequence[str], config: DataConfig) -> Tensor | None:
+    """The rows that `data.long_tail` keeps of the training split, in order; None for all of them.
+
+    With a ratio r, class k of K keeps n_0 r^(-k / (K - 1)) rows, drawn by `split_seed`, where n_0
+    is the most that lets every class have so many; Cui et al., "Class-balanced loss based on
+    effective number of samples", CVPR 2019. Rows whose target is no class are kept.
+
+    Raises:
+        DataError: for targets that are probabilities, and if a class has no row or keeps none.
+    """
+    ratio = config.long_tail
+    if ratio is None:
+        return None
+    if targets.is_floating_point():
+        raise DataError("data.long_tail thins out classes: train targets are probabilities")
+    classes = len(class_names)
+    is_class = (targets >= 0) & (targets < classes)
+    counts = torch.bincount(targets[is_class], minlength=classes)  # [K]
+    shares = ratio ** -(torch.arange(classes, dtype=torch.float64) / max(classes - 1, 1))
+    sizes = (shares * (counts / shares).min()).round()
+    if sizes.min() < 1:
+        short = int(torch.where(sizes < 1, counts, counts.max() + 1).argmin())
+        raise DataError(
+            f"data.long_tail={ratio:g} leaves class {class_names[short]!r} without one of its "
+            f"{int(counts[short])} training samples: make it smaller"
+        )
+    # What is no class is one class more, of which everything is kept.
+    labels = targets.masked_fill(~is_class, classes)
+    sizes = torch.cat([sizes, sizes.new_tensor([math.inf])])
+    order = _shuffled(len(labels), config.split_seed, Stream.LONG_TAIL)
+    kept = _rank_within_class(labels[order]) < sizes[labels[order]]
+    return order[kept].sort().values
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -159,11 +195,7 @@ def holdout(
     taken = _apportion(counts.double() * fraction, largest.clamp(max=1), largest)
     order = _shuffled(len(targets), seed)
     labels = targets[order]
-    by_class = labels.argsort(stable=True)
-    first = counts.cumsum(0) - counts  # [K]: where each class begins
-    rank = torch.empty_like(order)  # [N]: 0, 1, 2, … within the class
-    rank[by_class] = torch.arange(len(targets)) - first[labels[by_class]]
-    held = rank < taken[labels]
+    held = _rank_within_class(labels) < taken[labels]
     return order[~held], order[held]
 
 
@@ -189,6 +221,20 @@ def _apportion(quotas: Tensor, smallest: Tensor, largest: Tensor) -> Tensor:
     return numbers
 
 
-def _shuffled(length: int, seed: int) -> Tensor:
-    bits = keyed_bits(seed, 0, torch.arange(length), 1, stream=Stream.SPLIT)  # [length, 1]
+def _rank_within_class(labels: Tensor) -> Tensor:
+    """How many rows before it have each row's class [N].
+
+    >>> _rank_within_class(torch.tensor([7, 2, 7, 7, 2])).tolist()
+    [0, 0, 1, 2, 1]
+    """
+    by_class = labels.argsort(stable=True)
+    counts = torch.bincount(labels)  # [K]
+    first = counts.cumsum(0) - counts  # [K]: where each class begins
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
+    return rank
+
+
+def _shuffled(length: int, seed: int, stream: Stream = Stream.SPLIT) -> Tensor:
+    bits = keyed_bits(seed, 0, torch.arange(length), 1, stream=stream)  # [length, 1]
     return bits.squeeze(1).argsort(stable=True)

@@ -20,7 +20,7 @@ WORLD_SIZES = (1, 2, 3, 4)
 LENGTHS = (359, 3, 1)
 # Sums of float64 in another order, over at most 359 rows.
 BOUND = 1e-12
-COUNTS = ("acc", "acc_top5")
+COUNTS = ("acc", "balanced_acc", "acc_top5")
 
 
 def measure(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict[str, Part]:

@@ -15,7 +15,7 @@ from equiloss.resolved import PRESENTATION, leaves
 
 # Separate runs of one function in float64: rounding at 1e-16, amplified by training.
 FLOAT64_BOUND = 1e-9
-SHOWN = ("test/acc", "test/nll", "test/loss", "test/ece", "val/nll")
+SHOWN = ("test/acc", "test/balanced_acc", "test/nll", "test/loss", "test/ece", "val/nll")
 TIMING = ("train_s", "samples_per_s")
 
 
