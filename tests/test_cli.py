@@ -153,7 +153,8 @@ class TestPage:
         page = json.loads(call("losses", name, "--json"))
         assert page["formula"]
         assert page["reference"]
-        assert page["curve"]["loss"][0] > page["curve"]["loss"][-1]
+        if not registry.signature(name).wants_features:
+            assert page["curve"]["loss"][0] > page["curve"]["loss"][-1]
 
     def test_a_loss_that_needs_an_option_has_no_plot_and_says_why(self, monkeypatch):
         def sharp(logits, target, *, gamma: float): ...

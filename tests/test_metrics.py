@@ -113,7 +113,6 @@ class TestDefinitions:
         got = evaluate(logits, target).scalars
         assert got["acc"] == 0.9
         assert got["balanced_acc"] == (1.0 + 0.5) / 2
-        assert got["balanced_acc"] == balanced_accuracy_score(target, logits.argmax(-1))
 
     def test_soft_targets_count_by_their_largest_class_except_in_the_losses(self):
         logits, target = batch(soft=True)
