@@ -102,7 +102,7 @@ def test_a_broken_plugin_is_named_and_breaks_no_other(broken):
 @pytest.mark.parametrize(
     "attributes",
     [{"max_logit_range": "wide"}, {"shift_invariant": lambda options: options["gamma"] > 0}],
-    ids=str,
+    ids=["max_logit_range", "shift_invariant"],
 )
 def test_a_plugin_may_be_broken_in_any_way(monkeypatch, attributes):
     def odd(logits, target): ...
@@ -114,7 +114,9 @@ def test_a_plugin_may_be_broken_in_any_way(monkeypatch, attributes):
     call("losses")
 
 
-@pytest.mark.parametrize("default", [torch.tensor([1.0]), torch.float32, {1, 2}], ids=str)
+@pytest.mark.parametrize(
+    "default", [torch.tensor([1.0]), torch.float32, {1, 2}], ids=["tensor", "dtype", "set"]
+)
 def test_a_default_that_json_does_not_know_breaks_nothing(monkeypatch, default):
     def odd(logits, target, *, value=default): ...
 

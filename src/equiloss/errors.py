@@ -29,6 +29,10 @@ class NonFiniteError(UserError):
     """Training met a loss or a gradient that is not finite."""
 
 
+# How a ParityError begins, by which a report knows it in a results file.
+PARITY_STOP = "parity, step"
+
+
 class ParityError(UserError):
     """A formulation disagrees with the oracle beyond its bound."""
 

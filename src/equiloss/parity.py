@@ -24,7 +24,7 @@ from torch import Tensor
 from equiloss import oracle
 from equiloss.agreement import Agreement, Rows, compare
 from equiloss.config import ParityConfig
-from equiloss.errors import LossError, ParityError
+from equiloss.errors import PARITY_STOP, LossError, ParityError
 from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Projection
@@ -233,7 +233,7 @@ class ParityMonitor(Callback):
         return error, error <= bound
 
     def _report(self, step: int, disagreeing: list[str]) -> None:
-        message = f"parity, step {step}: {', '.join(disagreeing)} differ from the oracle"
+        message = f"{PARITY_STOP} {step}: {', '.join(disagreeing)} differ from the oracle"
         if self.config.policy == "raise":
             raise ParityError(message)
         if self.config.policy == "warn":

@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ import yaml
 from typer.testing import CliRunner
 
 from equiloss.cli import app
+from equiloss.config import ParityConfig
+from equiloss.errors import ParityError
+from equiloss.losses import Criterion
+from equiloss.parity import ParityMonitor
+from equiloss.report import figures
 from equiloss.report.compare import Spread, compare
 from equiloss.report.page import table, write_report
 from equiloss.report.runs import ReportError, find
-from equiloss.results import METRICS, RESULTS, Result
+from equiloss.results import EVALUATION, METRICS, RESULTS, Result
 
 LOSSES = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 # Options that not every loss has.
@@ -40,6 +46,9 @@ def write_run(
     parity: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     steps: int = 20,
+    first_step: int = 0,
+    test_loss: float | None = -1.0,
+    error: str = "rank 1 was killed by SIGKILL",
     **config: Any,
 ) -> Path:
     """A run directory as a run would leave it; its training loss is off by a factor 1 + shift."""
@@ -58,19 +67,19 @@ def write_run(
     with (directory / METRICS).open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "train/loss", "val/nll", "parity/cross_entropy/ratio"])
-        for step, value in enumerate(losses):
+        for step, value in enumerate(losses, start=first_step):
             writer.writerow([step, repr(value), repr(value) if step % 10 == 9 else "", 0.1])
     if parity is None:
         parity = {name: formulation() for name in LOSSES} | {"steps": 2, "agree": True}
     result = Result(status, "0" * 64, {"name": loss, "options": {}}, world_size=devices)
     if status == "completed":
-        test_loss = losses[-1]
+        test_loss = losses[-1] if test_loss == -1.0 else test_loss
         result.metrics = {"test/loss": test_loss, "test/acc": 0.9 + seed / 100, "val/nll": 0.5}
         result.timing = {"train_s": 2.0 + seed, "samples_per_s": 1000.0}
         result.parity = parity
         result.environment = {"versions": {"torch": "2.14.1"}, "threads": 1}
     else:
-        result.error = "rank 1 was killed by SIGKILL"
+        result.error = error
     result.write(directory)
     return directory
 
@@ -157,6 +166,84 @@ class TestVerdict:
         last = compare(find([tmp_path])).verdict.lines[-1]
         assert "log_softmax_nll - cross_entropy, seed 0." in last
         assert ": softmax_nll" not in last
+
+    @pytest.mark.parametrize("where", ["a step", "the test loss"])
+    def test_what_is_not_finite_is_beyond_the_bound(self, where: str, tmp_path: Path) -> None:
+        write_run(tmp_path / "fused", precision="64-true")
+        if where == "a step":
+            run = write_run(tmp_path / "other", "log_softmax_nll", precision="64-true")
+            rows = (run / METRICS).read_text().splitlines()
+            rows[6] = "5,nan,,0.1"
+            (run / METRICS).write_text("\n".join(rows) + "\n")
+        else:
+            write_run(tmp_path / "other", "log_softmax_nll", precision="64-true", test_loss=None)
+        comparison = write_report([tmp_path])
+        assert comparison.verdict.word == "differs"
+        assert comparison.verdict.wrong == ["log_softmax_nll - cross_entropy, seed 0 (float64)"]
+        assert "difference inf" in comparison.verdict.lines[1]
+
+    def test_an_infinite_ratio_is_told_as_such(self, tmp_path: Path) -> None:
+        wrong = formulation(agree=False) | {"ratio": None}  # as JSON holds what is not finite
+        parity = {"softmax_nll": wrong, "cross_entropy": formulation(), "steps": 1, "agree": False}
+        write_run(tmp_path / "run", parity=parity)
+        comparison = write_report([tmp_path])
+        assert comparison.ratios["softmax_nll"] == float("inf")
+        assert "softmax_nll inf" in comparison.verdict.lines[0]
+
+    def test_runs_without_a_step_in_common_do_not_match(self, tmp_path: Path) -> None:
+        exact: dict[str, Any] = {"precision": "64-true", "test_loss": None}
+        write_run(tmp_path / "fused", **exact)
+        late = write_run(tmp_path / "late", "log_softmax_nll", first_step=20, **exact)
+        for run in (tmp_path / "fused", late):
+            result = Result.read(run)
+            del result.metrics["test/loss"]
+            result.write(run)
+        verdict = write_report([tmp_path]).verdict
+        assert verdict.lines[1] == "Trajectories in float64: not measured."
+        assert "log_softmax_nll - cross_entropy, seed 0" in verdict.lines[2]
+
+    def test_a_run_that_strict_parity_stopped_is_told(self, tmp_path: Path) -> None:
+        """As the monitor itself says it."""
+        monitor = ParityMonitor(
+            ParityConfig(formulations=["cross_entropy"], policy="raise"),
+            Criterion("cross_entropy"),
+            total_steps=1,
+            seed=0,
+        )
+        with pytest.raises(ParityError) as stop:
+            monitor._report(3, ["cross_entropy (error 7 times its bound)"])
+        write_run(tmp_path / "run", status="failed", error=str(stop.value))
+        verdict = write_report([tmp_path]).verdict
+        assert verdict.word == "differs"
+        assert verdict.wrong == [f"run ({stop.value})"]
+        assert "cross_entropy (error 7 times its bound)" in verdict.lines[0]
+
+    def test_a_run_that_failed_otherwise_says_nothing(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "run", status="failed")
+        assert write_report([tmp_path]).verdict.word == "not checked"
+
+
+class TestSeveralDirectories:
+    def test_runs_of_the_same_name_stay_apart(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "one" / "fused", precision="64-true")
+        write_run(tmp_path / "two" / "fused", "log_softmax_nll", precision="64-true", shift=1e-8)
+        comparison = compare(find([tmp_path / "one", tmp_path / "two"]))
+        assert [run.name for run in comparison.found.runs] == ["one/fused", "two/fused"]
+        assert [group.label for group in comparison.groups] == ["cross_entropy", "log_softmax_nll"]
+        assert comparison.verdict.word == "differs"
+
+    def test_a_directory_in_another_counts_once(self, tmp_path: Path) -> None:
+        three_losses(tmp_path / "sweep")
+        assert len(find([tmp_path, tmp_path / "sweep"]).runs) == 6
+
+    def test_what_no_sweep_varied_is_flagged(self, tmp_path: Path) -> None:
+        for name, batch_size in (("one", 50), ("two", 64)):
+            three_losses(tmp_path / name, data={"batch_size": batch_size})
+            task = ["loss=softmax_nll,log_softmax_nll,cross_entropy", "seed=0,1"]
+            hydra = {"overrides": {"task": task}, "sweeper": {"params": None}}
+            (tmp_path / name / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+        comparison = compare(find([tmp_path / "one", tmp_path / "two"]))
+        assert comparison.unasked == ["data.batch_size"]
 
 
 class TestGroups:
@@ -249,6 +336,90 @@ class TestWhatIsAmiss:
             find([tmp_path])
         with pytest.raises(ReportError, match="no directory"):
             find([tmp_path / "nowhere"])
+
+
+EVALUATED: dict[str, Any] = {
+    "class_names": ["cat", "dog"],
+    "test": {
+        "confusion": [[3, 1], [0, 2]],
+        "calibration": {"rows": [0, 6], "confidence": [0.0, 5.5], "right": [0, 5]},
+    },
+}
+
+
+def none_of_the_test_split(run: Path) -> None:
+    (run / EVALUATION).write_text(json.dumps({"class_names": ["cat", "dog"], "val": {}}))
+
+
+def other_classes(run: Path) -> None:
+    three = {
+        "class_names": ["a", "b", "c"],
+        "test": EVALUATED["test"] | {"confusion": [[1] * 3] * 3},
+    }
+    (run / EVALUATION).write_text(json.dumps(three))
+
+
+def no_rows(run: Path) -> None:
+    empty = {"rows": [0, 0], "confidence": [0.0, 0.0], "right": [0, 0]}
+    ignored = {"confusion": [[0, 0], [0, 0]], "calibration": empty}
+    (run / EVALUATION).write_text(json.dumps({"class_names": ["cat", "dog"], "test": ignored}))
+
+
+def too_many_classes_for_a_matrix(run: Path) -> None:
+    names = [str(label) for label in range(101)]
+    many = {"class_names": names, "test": EVALUATED["test"] | {"confusion": None}}
+    (run / EVALUATION).write_text(json.dumps(many))
+
+
+def no_timing(run: Path) -> None:
+    result = Result.read(run)
+    result.timing = {}
+    result.write(run)
+
+
+def no_metrics(run: Path) -> None:
+    (run / METRICS).unlink()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        none_of_the_test_split,
+        other_classes,
+        no_rows,
+        too_many_classes_for_a_matrix,
+        no_timing,
+        no_metrics,
+    ],
+)
+@pytest.mark.parametrize("loss", ["cross_entropy", "softmax_nll"])
+@pytest.mark.parametrize("others", [True, False])
+def test_what_is_missing_in_a_run_is_left_out(
+    odd: Callable[[Path], None], loss: str, others: bool, tmp_path: Path
+) -> None:
+    if others:
+        three_losses(tmp_path)
+        for run in find([tmp_path]).runs:
+            (run.directory / EVALUATION).write_text(json.dumps(EVALUATED))
+    run = write_run(tmp_path / "odd", loss, seed=7)
+    (run / EVALUATION).write_text(json.dumps(EVALUATED))
+    odd(run)
+    comparison = write_report([tmp_path])
+    assert comparison.verdict.word == "match"
+    assert comparison.found.skipped == {}
+
+
+def test_bars_stand_beside_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two groups the first one has no throughput."""
+    three_losses(tmp_path)
+    for run in find([tmp_path]).runs:
+        if run.loss == "cross_entropy":
+            del run.result.timing["samples_per_s"]
+            run.result.write(run.directory)
+    figure = figures._time(compare(find([tmp_path])))
+    assert figure is not None
+    names = [[label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes]
+    assert names == [sorted(LOSSES), ["log_softmax_nll", "softmax_nll"]]
 
 
 class TestFiles:

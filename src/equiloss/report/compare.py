@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from equiloss.report.runs import Found, Run, Series
+from equiloss.errors import PARITY_STOP
+from equiloss.report.pairs import Pair, pairs_of, same_but, test_losses_apart
+from equiloss.report.runs import Found, Run
 from equiloss.resolved import PRESENTATION, leaves
 
 # Separate runs of one function in float64: rounding at 1e-16, amplified by training.
@@ -68,30 +71,6 @@ class Group:
 
 
 @dataclass
-class Pair:
-    """Two runs that should take the same steps."""
-
-    label: str
-    kind: str
-    """formulations | world sizes."""
-    precision: str
-    apart: Series
-    """Relative difference of train/loss by step."""
-    test_loss: float | None
-    """Relative difference of the final test/loss."""
-
-    @property
-    def worst(self) -> float:
-        """Largest relative difference."""
-        return max([value for _, value in self.apart] + [self.test_loss or 0.0])
-
-    @property
-    def bitwise(self) -> bool:
-        """Whether every step's loss is the same float64."""
-        return bool(self.apart) and all(value == 0 for _, value in self.apart)
-
-
-@dataclass
 class Verdict:
     """Whether the formulations match, in each of the three ways."""
 
@@ -142,8 +121,8 @@ def compare(found: Found) -> Comparison:
         found=found,
         groups=groups,
         pairs=[
-            *_pairs(alike, configs, "loss.name", "formulations"),
-            *_pairs(completed, configs, "trainer.devices", "world sizes"),
+            *pairs_of(alike, configs, "loss.name", "formulations"),
+            *pairs_of(completed, configs, "trainer.devices", "world sizes"),
         ],
         seeds=[apart for group in groups for apart in _between_seeds(group)],
         ratios=_ratios(completed),
@@ -168,19 +147,12 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
     return list({json.dumps(value, sort_keys=True): value for value in values}.values())
 
 
-def _key(config: Mapping[str, Any], without: set[str]) -> str:
-    kept = {k: v for k, v in config.items() if k not in without and k not in PRESENTATION}
-    # An option of a loss that is off is as good as one that the loss does not have.
-    on = {k: v for k, v in kept.items() if v or not k.startswith("loss.")}
-    return json.dumps(on, sort_keys=True)
-
-
 def _groups(
     runs: Sequence[Run], configs: Mapping[str, Mapping[str, Any]], differing: Mapping[str, Any]
 ) -> list[Group]:
     by_key: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        by_key[_key(configs[run.name], {"seed"})].append(run)
+        by_key[same_but(configs[run.name], {"seed"})].append(run)
     others = [key for key in differing if key not in ("seed", "loss.name")]
     made = []
     for members in by_key.values():
@@ -196,60 +168,9 @@ def _groups(
     return sorted(made, key=lambda group: group.label)
 
 
-def _pairs(
-    runs: Sequence[Run], configs: Mapping[str, Mapping[str, Any]], varied: str, kind: str
-) -> list[Pair]:
-    """Runs that are the same in everything but one key, each against the first of them."""
-    alike: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        alike[_key(configs[run.name], {varied})].append(run)
-    pairs = []
-    for members in alike.values():
-        # The fused formulation, or one device, is what the others are held against.
-        first = min(members, key=lambda run: (run.loss != "cross_entropy", run.result.world_size))
-        for other in members:
-            if other is first:
-                continue
-            config = configs[other.name]
-            label = f"{other.loss} - {first.loss}, seed {config.get('seed')}"
-            if kind == "world sizes":
-                sizes = f"W={other.result.world_size} - W={first.result.world_size}"
-                label = f"{other.loss}, {sizes}, seed {config.get('seed')}"
-            pairs.append(
-                Pair(
-                    label,
-                    kind,
-                    str(config.get("trainer.precision")),
-                    _apart(
-                        other.metrics.get("train/loss", []), first.metrics.get("train/loss", [])
-                    ),
-                    _relative(other.result.metrics.get("test/loss"), first),
-                )
-            )
-    return pairs
-
-
-def _apart(found: Series, reference: Series) -> Series:
-    expected = dict(reference)
-    return [
-        (step, abs(value - expected[step]) / (abs(expected[step]) or 1.0))
-        for step, value in found
-        if step in expected
-    ]
-
-
-def _relative(value: float | None, reference: Run) -> float | None:
-    expected = reference.result.metrics.get("test/loss")
-    if value is None or not expected:
-        return None
-    return abs(value - expected) / abs(expected)
-
-
 def _between_seeds(group: Group) -> list[float]:
     runs = [run for run in group.runs if run.completed]
-    found = (
-        _relative(a.result.metrics.get("test/loss"), b) for a, b in itertools.combinations(runs, 2)
-    )
+    found = (test_losses_apart(a, b) for a, b in itertools.combinations(runs, 2))
     return [apart for apart in found if apart is not None]
 
 
@@ -261,8 +182,15 @@ def _ratios(runs: Sequence[Run]) -> dict[str, float]:
     worst: dict[str, float] = {}
     for run in runs:
         for name, found in _formulations(run).items():
-            worst[name] = max(worst.get(name, 0.0), found["ratio"] or 0.0)
+            # A result holds null for what was not finite.
+            ratio = math.inf if found["ratio"] is None else found["ratio"]
+            worst[name] = max(worst.get(name, 0.0), ratio)
     return dict(sorted(worst.items()))
+
+
+def _stopped_by_parity(run: Run) -> bool:
+    """Whether a run with parity.policy=raise ended at a disagreement."""
+    return not run.completed and (run.result.error or "").startswith(PARITY_STOP)
 
 
 def _unasked(differing: Mapping[str, Any], swept: set[str] | None) -> list[str]:
@@ -278,12 +206,16 @@ def _unasked(differing: Mapping[str, Any], swept: set[str] | None) -> list[str]:
 def _verdict(comparison: Comparison) -> Verdict:
     lines, wrong = [], []
     checked = [run for run in comparison.completed if run.result.parity.get("steps")]
+    stopped = [run for run in comparison.found.runs if _stopped_by_parity(run)]
+    wrong += [f"{run.name} ({run.result.error})" for run in stopped]
     for run in checked:
         names = [name for name, found in _formulations(run).items() if not found["agree"]]
         if not names and not run.result.parity["agree"]:
             names = ["mass or all-reduced loss"]
         wrong += [f"{name} in {run.name}" for name in names]
-    if checked:
+    if stopped and not checked:
+        lines.append(f"Lockstep: differs: {', '.join(wrong)}.")
+    elif checked:
         steps = sum(run.result.parity["steps"] for run in checked)
         ratios = ", ".join(f"{name} {ratio:.2g}" for name, ratio in comparison.ratios.items())
         state = f"differs: {', '.join(wrong)}" if wrong else "match"
@@ -294,18 +226,22 @@ def _verdict(comparison: Comparison) -> Verdict:
     else:
         lines.append("Lockstep: not checked.")
 
-    float64 = [pair for pair in comparison.pairs if pair.precision == "64-true"]
-    beyond = [pair for pair in float64 if not pair.worst <= FLOAT64_BOUND]
+    exact = [pair for pair in comparison.pairs if pair.precision == "64-true"]
+    float64 = {pair.label: pair.worst for pair in exact if pair.worst is not None}
+    beyond = [label for label, apart in float64.items() if not apart <= FLOAT64_BOUND]
     if float64:
-        worst = max(pair.worst for pair in float64)
+        worst = max(float64.values())
         state = "differs" if beyond else "match"
         lines.append(
             f"Trajectories in float64 ({len(float64)} pairs of runs): {state}. Largest relative "
             f"difference {worst:.2g}, bound {FLOAT64_BOUND:g}."
         )
-        wrong += [f"{pair.label} (float64)" for pair in beyond]
+        wrong += [f"{label} (float64)" for label in beyond]
     else:
         lines.append("Trajectories in float64: not measured.")
+    apart = [pair.label for pair in comparison.pairs if pair.worst is None]
+    if apart:
+        lines.append(f"Without a step or a test loss in common: {'; '.join(apart)}.")
 
     others = [pair for pair in comparison.pairs if pair.precision != "64-true"]
     drift = [pair.test_loss for pair in others if pair.test_loss is not None]

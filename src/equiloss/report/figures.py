@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from equiloss.report.compare import FLOAT64_BOUND, Comparison, Group, Pair
+from equiloss.report.compare import FLOAT64_BOUND, Comparison, Group
+from equiloss.report.pairs import Pair
 from equiloss.report.runs import Series
 
 # Okabe & Ito, "Color universal design", 2008: told apart by the colour-blind.
@@ -146,23 +147,26 @@ def _floored(series: Series) -> tuple[list[int], list[float]]:
     return [step for step, _ in series], [max(value, FLOOR) for _, value in series]
 
 
-def _with_confusion(group: Group) -> list[list[list[int]]]:
-    return [
-        run.evaluation["test"]["confusion"]
-        for run in group.runs
-        if run.evaluation.get("test", {}).get("confusion")
-    ]
+def _tests(group: Group) -> list[dict[str, Any]]:
+    """Evaluations of the test split over the same classes as the group's first one."""
+    found = [run.evaluation for run in group.runs if "test" in run.evaluation]
+    return [one for one in found if one["class_names"] == found[0]["class_names"]]
 
 
 def _confusion(comparison: Comparison) -> Figure | None:
     """Confusion matrices of the test split side by side, summed over seeds."""
-    groups = [group for group in comparison.groups if _with_confusion(group)][:6]
+    # Of more than 100 classes no matrix is kept.
+    groups = [
+        group
+        for group in comparison.groups
+        if any(found["test"]["confusion"] for found in _tests(group))
+    ][:6]
     if not groups:
         return None
     figure, places = _panels(len(groups), height=4.2)
     for axes, group in zip(places, groups, strict=True):
-        matrices = _with_confusion(group)
-        names = next(run for run in group.runs if run.evaluation).evaluation["class_names"]
+        matrices = [found["test"]["confusion"] for found in _tests(group)]
+        names = _tests(group)[0]["class_names"]
         classes = range(len(names))
         counts = [[sum(m[row][column] for m in matrices) for column in classes] for row in classes]
         share = [[value / max(sum(row), 1) for value in row] for row in counts]
@@ -191,16 +195,16 @@ def _confusion(comparison: Comparison) -> Figure | None:
 def _calibration(comparison: Comparison) -> Figure | None:
     """Reliability: how often a prediction of some confidence is right."""
     figure, (axes, rows) = _panels(2)
-    groups = [
-        group for group in comparison.groups if any("test" in run.evaluation for run in group.runs)
-    ][:MOST]
+    groups = [group for group in comparison.groups if _tests(group)][:MOST]
     for group, (label, style) in zip(groups, _styles([g.label for g in groups]), strict=True):
-        bins = [run.evaluation["test"]["calibration"] for run in group.runs if run.evaluation]
+        bins = [found["test"]["calibration"] for found in _tests(group)]
         total, confidence, right = (
             [sum(values) for values in zip(*(found[key] for found in bins), strict=True)]
             for key in ("rows", "confidence", "right")
         )
         points = [(c / n, r / n, n) for n, c, r in zip(total, confidence, right, strict=True) if n]
+        if not points:
+            continue  # every row of the split was ignored
         xs, ys, counts = zip(*points, strict=True)
         axes.plot(xs, ys, marker="o", markersize=4, label=label, **style)
         rows.plot(xs, counts, marker="o", markersize=4, **style)
@@ -221,14 +225,14 @@ def _time(comparison: Comparison) -> Figure | None:
     figure, places = _panels(2, height=1.2 + 0.35 * len(groups))
     labels = (("train_s", "training time (s)"), ("samples_per_s", "throughput (samples/s)"))
     for axes, (name, label) in zip(places, labels, strict=True):
-        spreads = [spread for group in groups if (spread := group.spread(name))]
+        bars = {group.label: spread for group in groups if (spread := group.spread(name))}
         axes.barh(
-            range(len(spreads)),
-            [spread.mean for spread in spreads],
-            xerr=[spread.deviation or 0 for spread in spreads],
+            range(len(bars)),
+            [spread.mean for spread in bars.values()],
+            xerr=[spread.deviation or 0 for spread in bars.values()],
             color=COLOURS[0],
         )
-        axes.set_yticks(range(len(spreads)), [group.label for group in groups], fontsize=8)
+        axes.set_yticks(range(len(bars)), list(bars), fontsize=8)
         axes.set(xlabel=label)
         axes.invert_yaxis()
     return figure

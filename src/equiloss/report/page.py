@@ -98,9 +98,9 @@ def _page(comparison: Comparison, pictures: Mapping[str, str]) -> str:
         lines += ["| pair | precision | largest difference of a step | of the final test loss |"]
         lines += ["|---|---|---:|---:|"]
         for pair in comparison.pairs:
-            step = max((value for _, value in pair.apart), default=math.nan)
-            loss = "-" if pair.test_loss is None else f"{pair.test_loss:.2g}"
-            lines.append(f"| {pair.label} | {pair.precision} | {step:.2g} | {loss} |")
+            step = max((value for _, value in pair.apart), default=None)
+            steps, loss = ("-" if x is None else f"{x:.2g}" for x in (step, pair.test_loss))
+            lines.append(f"| {pair.label} | {pair.precision} | {steps} | {loss} |")
     for file, caption in pictures.items():
         lines += ["", f"## {caption}", "", f"![{caption}]({file})"]
     lines += ["", "## Keys that differ between the runs", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ class Run:
     """One run directory, as it was found."""
 
     name: str
-    """Its path below the directory that was asked for."""
+    """Its path below the directory that was asked for, and as much above as tells it apart."""
     directory: Path
     config: dict[str, Any]
     result: Result
@@ -63,6 +64,7 @@ def find(directories: Sequence[Path]) -> Found:
         ReportError: for a directory that is not there, or if there is no run.
     """
     found = Found([], {}, None)
+    seen: set[Path] = set()
     for directory in directories:
         if not directory.is_dir():
             raise ReportError(f"no directory {directory}")
@@ -71,6 +73,9 @@ def find(directories: Sequence[Path]) -> Found:
         places = {file.parent for file in directory.rglob(RESULTS)}
         places |= {file.parent for file in directory.rglob(CONFIG)}
         for place in sorted(places):
+            if place.resolve() in seen:
+                continue  # one of the directories lies in another
+            seen.add(place.resolve())
             name = str(place.relative_to(directory)) if place != directory else place.name
             try:
                 found.runs.append(_read(name, place))
@@ -80,7 +85,19 @@ def find(directories: Sequence[Path]) -> Found:
     if not found.runs:
         unread = "".join(f"; skipped {place} ({why})" for place, why in found.skipped.items())
         raise ReportError(f"no run below {', '.join(map(str, directories))}{unread}")
+    _tell_apart(found.runs)
     return found
+
+
+def _tell_apart(runs: Sequence[Run]) -> None:
+    """Lengthen names that several runs have by the directories above them, until none has."""
+    while True:
+        counts = Counter(run.name for run in runs)
+        same = [run for run in runs if counts[run.name] > 1]
+        if not same:
+            return
+        for run in same:
+            run.name = "/".join(run.directory.resolve().parts[-len(Path(run.name).parts) - 1 :])
 
 
 def _read(name: str, place: Path) -> Run:
