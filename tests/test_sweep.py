@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -408,14 +409,20 @@ def wait_for_rows(sweep_dir: Path, rows: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("rows", [pytest.param(5, marks=slow), 14])
-def test_a_sweep_that_is_killed_goes_on(rows: int, tmp_path: Path) -> None:
-    """In its first job, and in its second one."""
-    killed = started(tmp_path / "sweep")
-    wait_for_rows(tmp_path / "sweep", rows)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert sum(result.status == "completed" for result in results(tmp_path / "sweep")) < 2
+@pytest.mark.parametrize(
+    "kills",
+    [(14,), pytest.param((5, 9, 15), marks=slow)],
+    ids=["in the second job", "three times"],
+)
+def test_a_sweep_that_is_killed_goes_on(kills: tuple[int, ...], tmp_path: Path) -> None:
+    """Killed after so many rows of metrics, in whatever it does then."""
+    for rows in kills:
+        killed = started(tmp_path / "sweep")
+        wait_for_rows(tmp_path / "sweep", rows)
+        time.sleep(random.Random(rows).uniform(0, 0.4))
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        assert sum(result.status == "completed" for result in results(tmp_path / "sweep")) < 2
     again = started(tmp_path / "sweep")
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0, output
@@ -428,6 +435,10 @@ def test_a_sweep_that_is_killed_goes_on(rows: int, tmp_path: Path) -> None:
             composed(*SLOW, "trainer.threads=1", f"loss={result.loss['name']}"), whole
         )
         assert set(bits(path, whole).values()) == {0}
+        lines = (path.parent / "ledger.jsonl").read_text().splitlines()
+        ended = [line for line in map(json.loads, lines) if line.get("directory") == path.name]
+        trained = [line for line in ended if line["status"] == "completed" and not line["skipped"]]
+        assert len(trained) == 1
         del result.metrics["train/samples_per_s"], uninterrupted.metrics["train/samples_per_s"]
         assert result.metrics == uninterrupted.metrics
 
