@@ -46,7 +46,8 @@ def tensorboard(logdir: Path) -> Iterator[str]:
     """TensorBoard on a directory while the context lasts; yields its address."""
     command = [sys.executable, "-m", "tensorboard.main", "--load_fast=false"]
     server = subprocess.Popen(
-        [*command, "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0"],
+        [*command, "--logdir", logdir.name, "--host", "127.0.0.1", "--port", "0"],
+        cwd=logdir.parent,  # what it shows of the path is then the sweep's name
         stderr=subprocess.PIPE,
         text=True,
     )

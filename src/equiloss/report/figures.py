@@ -37,7 +37,7 @@ def _styles(labels: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, label in enumerate(labels):
         dash = DASHES[number // len(COLOURS) % len(DASHES)]
         # Curves that should be the same lie on each other: the later ones are thinner.
-        width = max(4.5 - 1.5 * number, 1.2)
+        width = max(3.6 - 1.2 * number, 1.0)
         colour = COLOURS[number % len(COLOURS)]
         yield label, {"color": colour, "linestyle": dash, "linewidth": width}
 
