@@ -156,3 +156,30 @@ def train_mixed(directory: Path) -> None:
         {"data": {"max_samples": 100, "batch_size": 47}},  # batches of 47, 47 and 6 rows
         callbacks=[Recorder(directory / "records.jsonl")],
     )
+
+
+def train_bitwise(directory: Path, optimizer: str, *changes: dict[str, Any]) -> None:
+    """Sixty float32 steps, over the end of two epochs, on every rank."""
+    from equiloss.invariance.here import DEFAULTS, train
+
+    if optimizer == "AdamW":
+        DEFAULTS["optimizer"] = {"name": "AdamW", "lr": 0.003, "weight_decay": 0.01}
+    train(directory, {"trainer": {"precision": "32-true", "max_steps": 60}}, *changes)
+
+
+def train_with_unequal_threads(directory: Path, *changes: dict[str, Any]) -> None:
+    from equiloss.invariance.here import train
+
+    torch.set_num_threads(1 + rank())
+    train(directory, *changes)
+
+
+def train_bitwise_until(directory: Path, kill_in: int | None) -> None:
+    """Three short epochs on every rank, killed in one of their 27 steps or not at all."""
+    from equiloss.invariance.controls import KillInStep
+    from equiloss.invariance.here import train
+    from equiloss.invariance.interruption import OPTIONS
+
+    exact = {"trainer": {"precision": "32-true", "reduction": "bitwise"}}
+    kills = [] if kill_in is None else [KillInStep(kill_in)]
+    train(directory, OPTIONS, exact, callbacks=kills)

@@ -182,7 +182,7 @@ FOUR_JOBS = "trainer.devices=2 model.options.rank=7,{rank},8,9"
     [
         (*way, jobs) if jobs == TWO_JOBS else pytest.param(*way, jobs, marks=slow)
         for jobs, ways in {
-            TWO_JOBS: (BEFORE_JOINING, FIRST_KILLED),
+            TWO_JOBS: (BEFORE_JOINING,),
             FOUR_JOBS: (BEFORE_JOINING, FIRST_KILLED, SECOND_KILLED, IN_TRAINING),
         }.items()
         for way in ways

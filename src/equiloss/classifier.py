@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from equiloss import optim, rng
+from equiloss.bitwise import BitwiseStep
 from equiloss.checkpoint import RunState
 from equiloss.config import Config
 from equiloss.data.datasets import Batch
@@ -58,8 +59,11 @@ class Classifier(LightningModule):
         self.rows = rows
         self.split_sizes = split_sizes
         self.evaluation = EvaluationMetric(num_classes, criterion.ignore_index)
-        self.step = GlobalStep(
-            self, config.trainer.micro_batch_size, config.optimizer.gradient_clip_norm
+        clip_norm = config.optimizer.gradient_clip_norm
+        self.step = (
+            BitwiseStep(self, config.trainer.shards, clip_norm)
+            if config.trainer.reduction == "bitwise"
+            else GlobalStep(self, config.trainer.micro_batch_size, clip_norm)
         )
         self.scalars: dict[str, float] = {}
         """The newest value of every metric, by its logged name."""
@@ -120,6 +124,7 @@ class Classifier(LightningModule):
                 f"the process group has {real} ranks, Lightning counts {asked}, and "
                 f"trainer.devices is {self.config.trainer.devices}"
             )
+        self.step.check()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer and schedule over the run's own number of steps."""

@@ -236,6 +236,12 @@ class TrainerConfig:
     """Optimizer steps (null: max_epochs alone decides)."""
     micro_batch_size: int | None = None
     """Largest number of samples per forward pass of a rank (null: its whole slice)."""
+    reduction: str = "sum"
+    """sum | bitwise: whether results on other numbers of devices are equal up to rounding, or to
+    the bit (slower: see docs/bitwise.md)."""
+    shards: int = 8
+    """With reduction=bitwise: virtual shards of a global batch, a power of two; at most as many
+    devices can share the work, and results depend on it."""
     deterministic: bool = False
     """Refuse non-deterministic kernels."""
     log_every_n_steps: int = 1
@@ -251,6 +257,9 @@ class TrainerConfig:
         for key in ("threads", "max_epochs", "max_steps", "micro_batch_size", "log_every_n_steps"):
             _positive(f"trainer.{key}", getattr(self, key))
         choose("trainer.precision", self.precision, PRECISIONS)
+        choose("trainer.reduction", self.reduction, ("sum", "bitwise"))
+        if self.reduction == "bitwise":
+            self._check_bitwise()
         for name in self.arguments:
             reason = REFUSED_TRAINER_ARGUMENTS.get(name)
             _require(reason is None, f"trainer.{name} is refused: {reason}")
@@ -263,6 +272,37 @@ class TrainerConfig:
             not (self.max_epochs is None and self.max_steps is None),
             "set trainer.max_epochs or trainer.max_steps: one of them must end the run",
         )
+
+    def _check_bitwise(self) -> None:
+        why = "trainer.reduction=bitwise"
+        _require(
+            self.shards > 0 and self.shards & (self.shards - 1) == 0,
+            f"trainer.shards must be a power of two, got {self.shards}",
+        )
+        _require(
+            self.micro_batch_size is None,
+            f"{why} has micro-batches of its own, the shards: leave trainer.micro_batch_size out, "
+            "and set trainer.shards for smaller ones",
+        )
+        _require(
+            self.devices <= self.shards,
+            f"{why} shares {self.shards} shards, and trainer.devices is {self.devices}: set "
+            "trainer.shards to a power of two that is as large",
+        )
+        _require(
+            self.precision not in ("16-mixed", "16-true"),
+            f"{why} does not scale gradients: trainer.precision={self.precision} would lose small "
+            "ones; use bf16-mixed or 32-true",
+        )
+
+    @property
+    def cpu_threads(self) -> int | None:
+        """CPU threads of each rank; None divides the cores among the ranks.
+
+        One and two threads add in different orders, so bits need a number that does not depend on
+        the ranks.
+        """
+        return 1 if self.threads is None and self.reduction == "bitwise" else self.threads
 
 
 @dataclass

@@ -178,7 +178,7 @@ def _run(resolved: ResolvedConfig, run_dir: Path) -> None:
 
             datasets.load(config.data)
         with slots.share(Path(hydra.sweep.dir).absolute(), config.trainer, parallel) as variables:
-            ranks.supervise(run_dir, world_size, config.trainer.threads, variables)
+            ranks.supervise(run_dir, world_size, config.trainer.cpu_threads, variables)
         return
 
     import torch
@@ -187,8 +187,8 @@ def _run(resolved: ResolvedConfig, run_dir: Path) -> None:
 
     threads = torch.get_num_threads()
     try:
-        if resolved.config.trainer.threads is not None:
-            torch.set_num_threads(resolved.config.trainer.threads)
+        if resolved.config.trainer.cpu_threads is not None:
+            torch.set_num_threads(resolved.config.trainer.cpu_threads)
         run(resolved, run_dir)
     except SystemExit as stopped:
         # Lightning turns Ctrl-C into an exit, and ignores further ones from then on.

@@ -124,7 +124,7 @@ def write_evaluations(
     write_atomically(directory / EVALUATION, json.dumps(data) + "\n")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, shards: int | None = None) -> dict[str, Any]:
     """What the numbers of a run may depend on, beside its configuration."""
     # Imported here: who reads results does without it, and starts seconds earlier.
     import torch
@@ -138,6 +138,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        # Virtual shards of a global batch, where the reduction is bitwise.
+        "shards": shards,
         "git_commit": _git_commit(),
     }
 

@@ -90,12 +90,14 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
         num_classes=splits.num_classes,
         split_sizes={"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
     )
+    shards = config.trainer.shards if config.trainer.reduction == "bitwise" else None
     data = ImageDataModule(
         splits,
         config.data,
         seed=config.seed,
         ignore_index=criterion.ignore_index,
         channels_last=config.model.channels_last,
+        shards=shards,
     )
     monitor = _parity_monitor(config, criterion, splits)
     metrics_csv = MetricsCsv(run_dir, metric_names(config.parity.formulations))
@@ -106,6 +108,11 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
         *_boards(resolved, run_dir, continued),
     ]
     batch_statistics = models.has_batch_statistics(model)
+    if batch_statistics and config.trainer.reduction == "bitwise":
+        raise ConfigError(
+            f"trainer.reduction=bitwise: model {config.model.name!r} normalises over the batch, "
+            "and a shard would have statistics of its own; use group or layer normalisation"
+        )
     try:
         trainer = _trainer(
             config,
@@ -154,7 +161,7 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
             if classifier.train_seconds
             else 0.0,
         },
-        environment=results.environment(trainer.strategy.root_device),
+        environment=results.environment(trainer.strategy.root_device, shards),
     )
     if trainer.is_global_zero:
         results.write_evaluations(run_dir, classifier.evaluated, splits.class_names)

@@ -72,6 +72,9 @@ class GlobalStep:
         self._mass: Tensor
         self._seen = (math.nan, math.nan, math.nan)
 
+    def check(self) -> None:
+        """Refuse what such steps cannot keep their promise with; every rank must call it."""
+
     def take(self, batch: Batch) -> StepOutcome:
         """Forward, backward and optimizer step for this rank's slice of a global batch.
 
@@ -81,33 +84,10 @@ class GlobalStep:
             NonFiniteError: on every rank, before the optimizer changes a weight, if the loss or
                 the gradient is not finite.
         """
-        module, criterion = self.module, self.module.criterion
-        optimizer = module.the_optimizer
-        pending = reduction.start_sum(criterion.mass(batch.target, module.loss_dtype))
+        optimizer = self.module.the_optimizer
         optimizer.zero_grad()
-
-        size = self.micro_batch_size or max(len(batch.target), 1)
-        fields = (batch.images, batch.target, batch.index)
-        parts = list(zip(*(torch.split(field, size) for field in fields), strict=True))
-        total = torch.zeros((), dtype=module.loss_dtype, device=batch.target.device)
         self._parts, self._target = [], batch.target
-        for number, (images, target, index) in enumerate(parts, start=1):
-            last = number == len(parts)
-            # Gradients travel once per step: with the last micro-batch.
-            with (
-                contextlib.nullcontext() if last else self._gradients_stay(),
-                module.rows.of(index, batch.epoch),
-            ):
-                outputs = module.outputs(images)  # [n, C, H, W] -> [n, K]
-                part = criterion(outputs, target)
-                self._parts.append(_detached(outputs))
-                total = total + part.total.detach()
-                if number == 1:
-                    self._mass = pending.wait()
-                if last:
-                    # The log and the guard need the global loss: it travels during backward.
-                    self._total = reduction.start_sum(total)
-                module.manual_backward(reduction.rank_loss(part.total, self._mass))
+        self._accumulate(batch)
         seen: Tensor | Projection | None = _joined(self._parts)
         if isinstance(seen, Projection):
             # The optimizer is about to change the head; a copy costs as much memory as it does.
@@ -117,6 +97,39 @@ class GlobalStep:
         loss, grad_norm, mass = self._seen
         self._parts = []
         return StepOutcome(loss, mass, grad_norm, not math.isfinite(grad_norm), seen, batch.target)
+
+    def _accumulate(self, batch: Batch) -> None:
+        """Give the parameters their gradient, and the step the global batch's sums."""
+        module, criterion = self.module, self.module.criterion
+        pending = reduction.start_sum(criterion.mass(batch.target, module.loss_dtype))
+        size = self.micro_batch_size or max(len(batch.target), 1)
+        fields = (batch.images, batch.target, batch.index)
+        parts = list(zip(*(torch.split(field, size) for field in fields), strict=True))
+        total = torch.zeros((), dtype=module.loss_dtype, device=batch.target.device)
+        for number, (images, target, index) in enumerate(parts, start=1):
+            last = number == len(parts)
+            # Gradients travel once per step: with the last micro-batch.
+            with (
+                contextlib.nullcontext() if last else self._gradients_stay(),
+                module.rows.of(index, batch.epoch),
+            ):
+                outputs = module.outputs(images)  # [n, C, H, W] -> [n, K]
+                part = criterion(outputs, target)
+                self._keep(outputs)
+                total = total + part.total.detach()
+                if number == 1:
+                    self._mass = pending.wait()
+                if last:
+                    # The log and the guard need the global loss: it travels during backward.
+                    self._total = reduction.start_sum(total)
+                module.manual_backward(reduction.rank_loss(part.total, self._mass))
+
+    def _keep(self, outputs: Tensor | Projection) -> None:
+        """Remember a part of the batch's outputs, without its graph."""
+        if isinstance(outputs, Projection):
+            self._parts.append(outputs._replace(features=outputs.features.detach()))
+        else:
+            self._parts.append(outputs.detach())
 
     def guard(self, optimizer: Optimizer) -> None:
         """Clip the synchronised, unscaled gradient and refuse one that is not finite.
@@ -193,12 +206,6 @@ class GlobalStep:
             f"is not finite; {'; '.join(where)}. {way_out} "
             "No weight was changed by this step."
         )
-
-
-def _detached(outputs: Tensor | Projection) -> Tensor | Projection:
-    if isinstance(outputs, Projection):
-        return outputs._replace(features=outputs.features.detach())
-    return outputs.detach()
 
 
 def _joined(parts: list[Tensor | Projection]) -> Tensor | Projection:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 JOIN_SECONDS = 60
+# For the end of a rank to be seen that took others down with it.
+GRACE_SECONDS = 1.0
 
 
 def run_ranks(function: Callable[..., _T], world_size: int, *args: Any) -> list[_T]:
@@ -63,6 +65,17 @@ def run_ranks(function: Callable[..., _T], world_size: int, *args: Any) -> list[
                 process.join()
 
 
+def _check_others(pipes: list[Connection], heard: set[int]) -> None:
+    """Raise if a rank died: the others then fail at once, and may be heard first."""
+    others = [pipe for rank, pipe in enumerate(pipes) if rank not in heard]
+    for pipe in wait(others, GRACE_SECONDS):
+        assert isinstance(pipe, Connection)
+        try:
+            pipe.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            raise RuntimeError(f"rank {pipes.index(pipe)} died without a word") from None
+
+
 def _collect(pipes: list[Connection]) -> list[Any]:
     """Every rank's result in rank order, or the failure that came first."""
     results: dict[int, Any] = {}
@@ -80,6 +93,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
             else:
                 failures.append((moment, rank, value))
         if failures:
+            _check_others(pipes, {rank for _, rank, _ in failures} | set(results))
             _, rank, value = min(failures)
             raise RuntimeError(f"rank {rank} failed:\n{value}")
     return [results[rank] for rank in range(len(pipes))]

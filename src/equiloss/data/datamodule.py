@@ -35,6 +35,7 @@ class ImageDataModule(lightning.LightningDataModule):
         seed: The run's seed, for order and augmentation.
         ignore_index: The class that marks rows without a target (None: there are none).
         channels_last: Whether images are put into NHWC memory order.
+        shards: Virtual shards by which training batches are divided (None: by rows).
 
     Raises:
         DataError: for a target out of range, naming split and sample.
@@ -50,6 +51,7 @@ class ImageDataModule(lightning.LightningDataModule):
         seed: int,
         ignore_index: int | None = -100,
         channels_last: bool = False,
+        shards: int | None = None,
     ) -> None:
         super().__init__()
         for split in SPLITS:
@@ -60,6 +62,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self.splits = splits
         self.config = config
         self.seed = seed
+        self.shards = shards
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._train_source = splits.train
         if config.augment.transforms:
@@ -75,6 +78,7 @@ class ImageDataModule(lightning.LightningDataModule):
             self.config.batch_size,
             shuffle=True,
             lead=self.config.augment.mixes,
+            shards=self.shards,
         )
         if self._resume_at is not None:
             # Lightning makes the first iterator, and workers ask it for batches, before it calls
@@ -157,7 +161,13 @@ class ImageDataModule(lightning.LightningDataModule):
         return self.trainer
 
     def _sampler(
-        self, source: Source, batch_size: int, *, shuffle: bool, lead: bool = False
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        lead: bool = False,
+        shards: int | None = None,
     ) -> GlobalBatchSampler:
         return GlobalBatchSampler(
             len(source),
@@ -167,6 +177,7 @@ class ImageDataModule(lightning.LightningDataModule):
             rank=self._trainer.global_rank,
             world_size=self._trainer.world_size,
             lead=lead,
+            shards=shards,
         )
 
     def _evaluation_loader(self, source: Source) -> DataLoader[Batch]:

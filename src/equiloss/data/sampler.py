@@ -24,6 +24,8 @@ class Slice(NamedTuple):
     """Number of the global batch in its epoch, from 0."""
     lead: int = 0
     """Whether the first position is only there to be mixed into the second: 0 or 1."""
+    rows: int = 0
+    """Rows of the global batch."""
 
 
 def rank_rows(rows: int, rank: int, world_size: int) -> slice:
@@ -33,6 +35,24 @@ def rank_rows(rows: int, rank: int, world_size: int) -> slice:
     [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
     """
     return slice(rows * rank // world_size, rows * (rank + 1) // world_size)
+
+
+def shard_rows(rows: int, shards: int, shard: int) -> slice:
+    """The rows of a global batch that make a virtual shard.
+
+    >>> [shard_rows(10, 4, shard) for shard in range(4)]
+    [slice(0, 2, None), slice(2, 5, None), slice(5, 7, None), slice(7, 10, None)]
+    """
+    return slice(rows * shard // shards, rows * (shard + 1) // shards)
+
+
+def shards_of_rank(shards: int, rank: int, world_size: int) -> range:
+    """The virtual shards that a rank computes.
+
+    >>> [list(shards_of_rank(8, rank, 3)) for rank in range(3)]
+    [[0, 1], [2, 3, 4], [5, 6, 7]]
+    """
+    return range(shards * rank // world_size, shards * (rank + 1) // world_size)
 
 
 class GlobalBatchSampler(Sampler[Slice]):
@@ -51,6 +71,7 @@ class GlobalBatchSampler(Sampler[Slice]):
         world_size: W, the number of ranks.
         lead: Whether each slice that has a row also has the one before it in the global batch
             (before the first one the last), for what mixes neighbours.
+        shards: Virtual shards that a batch is divided by, and a slice so holds whole; None: rows.
 
     >>> sampler = GlobalBatchSampler(5, 4, shuffle=False, rank=1, world_size=2)
     >>> [part.indices.tolist() for part in sampler]
@@ -67,6 +88,7 @@ class GlobalBatchSampler(Sampler[Slice]):
         rank: int = 0,
         world_size: int = 1,
         lead: bool = False,
+        shards: int | None = None,
     ) -> None:
         assert length > 0
         assert batch_size > 0
@@ -78,6 +100,7 @@ class GlobalBatchSampler(Sampler[Slice]):
         self.rank = rank
         self.world_size = world_size
         self.lead = lead
+        self.shards = shards
         self.epoch = 0
         self.start_batch = 0
         """Batches that the next iteration leaves out; the one after it is whole again."""
@@ -105,10 +128,20 @@ class GlobalBatchSampler(Sampler[Slice]):
         self.start_batch = 0
         batches = torch.split(self.order(), self.batch_size)
         for number, batch in enumerate(batches[first:], start=first):
-            rows = rank_rows(len(batch), self.rank, self.world_size)
+            rows = self._mine(len(batch))
             # A copy: a view sent to a worker process would take the whole order along.
             indices = batch[rows].clone()
             lead = int(self.lead and len(indices) > 0)
             if lead:
                 indices = torch.cat([batch[rows.start - 1].view(1), indices])
-            yield Slice(epoch, indices, number, lead)
+            yield Slice(epoch, indices, number, lead, len(batch))
+
+    def _mine(self, rows: int) -> slice:
+        """This rank's rows of a global batch."""
+        if self.shards is None:
+            return rank_rows(rows, self.rank, self.world_size)
+        mine = shards_of_rank(self.shards, self.rank, self.world_size)
+        first, last = (
+            shard_rows(rows, self.shards, shard).start for shard in (mine.start, mine.stop)
+        )
+        return slice(first, last)

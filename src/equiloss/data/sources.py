@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     """Number of the global batch in its epoch, from 0."""
     lead: int = 0
     """Whether the first row, as loaded, is only there to be mixed into the second: 0 or 1."""
+    rows: int = 0
+    """Rows of the global batch."""
 
 
 class Source(Dataset[Batch]):
@@ -55,7 +57,8 @@ class Source(Dataset[Batch]):
     def __getitems__(self, part: Slice) -> Batch:
         # torch's loader calls this in place of __getitem__, with what the batch sampler yields.
         target = self.targets[part.indices]
-        return Batch(self.read(part), target, part.indices, part.epoch, part.batch, part.lead)
+        images, index = self.read(part), part.indices
+        return Batch(images, target, index, part.epoch, part.batch, part.lead, part.rows)
 
 
 class ArraySource(Source):
