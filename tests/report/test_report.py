@@ -20,7 +20,7 @@ from equiloss.errors import ParityError
 from equiloss.losses import Criterion
 from equiloss.parity import ParityMonitor
 from equiloss.report import figures
-from equiloss.report.compare import Spread, compare
+from equiloss.report.compare import Comparison, Spread, compare
 from equiloss.report.page import table, write_report
 from equiloss.report.runs import ReportError, find
 from equiloss.results import EVALUATION, METRICS, RESULTS, Result
@@ -221,6 +221,34 @@ class TestVerdict:
     def test_a_run_that_failed_otherwise_says_nothing(self, tmp_path: Path) -> None:
         write_run(tmp_path / "run", status="failed")
         assert write_report([tmp_path]).verdict.word == "not checked"
+
+
+class TestBits:
+    """Runs with trainer.reduction=bitwise on other numbers of devices."""
+
+    @staticmethod
+    def runs(tmp_path: Path, *, shift: float, cpu: str = "one") -> Comparison:
+        for devices, off, name in ((1, 0.0, "one"), (2, shift, cpu)):
+            run = write_run(tmp_path / str(devices), devices=devices, shift=off)
+            result = Result.read(run)
+            result.environment |= {"shards": 8, "cpu": name}
+            result.write(run)
+        return write_report([tmp_path])
+
+    def test_equal(self, tmp_path: Path) -> None:
+        verdict = self.runs(tmp_path, shift=0.0).verdict
+        assert verdict.word == "match"
+        assert "Bitwise equal losses at every step: cross_entropy, W=2 - W=1" in verdict.lines[-1]
+
+    def test_what_differs_is_told(self, tmp_path: Path) -> None:
+        verdict = self.runs(tmp_path, shift=1e-7, cpu="other").verdict
+        assert verdict.word == "match"
+        assert "W=2 - W=1, seed 0 (they differ in cpu)" in verdict.lines[-1]
+
+    def test_without_an_explanation_the_promise_is_broken(self, tmp_path: Path) -> None:
+        verdict = self.runs(tmp_path, shift=1e-7).verdict
+        assert verdict.word == "differs"
+        assert verdict.wrong == ["cross_entropy, W=2 - W=1, seed 0 (bits)"]
 
 
 class TestSeveralDirectories:

@@ -256,6 +256,13 @@ def _verdict(comparison: Comparison) -> Verdict:
             f"difference {max(drift):.2g}; {beside}. Rounding that training amplifies: never "
             "judged."
         )
+    for pair in comparison.pairs:
+        if pair.other_bits is None or pair.bitwise or pair.worst is None:
+            continue
+        why = f"they differ in {', '.join(pair.other_bits)}" if pair.other_bits else "unexplained"
+        lines.append(f"Other bits in spite of trainer.reduction=bitwise: {pair.label} ({why}).")
+        if not pair.other_bits:
+            wrong.append(f"{pair.label} (bits)")
     same = [pair.label for pair in comparison.pairs if pair.bitwise]
     if same:
         lines.append(f"Bitwise equal losses at every step: {'; '.join(same)}.")

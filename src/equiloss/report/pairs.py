@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from equiloss.report.runs import Run, Series
-from equiloss.resolved import PRESENTATION
+from equiloss.resolved import PRESENTATION, leaves
 
 
 def same_but(config: Mapping[str, Any], without: set[str]) -> str:
@@ -33,6 +33,8 @@ class Pair:
     """Relative difference of train/loss by step."""
     test_loss: float | None
     """Relative difference of the final test/loss; None where it was not measured."""
+    other_bits: list[str] | None = None
+    """What the bits depend on and the runs differ in; None where equal bits were not asked for."""
 
     @property
     def worst(self) -> float | None:
@@ -74,9 +76,18 @@ def pairs_of(
                         other.metrics.get("train/loss", []), first.metrics.get("train/loss", [])
                     ),
                     test_losses_apart(other, first),
+                    _other_bits(other, first) if kind == "world sizes" else None,
                 )
             )
     return pairs
+
+
+def _other_bits(run: Run, reference: Run) -> list[str] | None:
+    """Keys of the environment in which two runs with trainer.reduction=bitwise differ."""
+    both = [dict(leaves(found.result.environment)) for found in (run, reference)]
+    if not all(environment.get("shards") for environment in both):
+        return None
+    return [key for key in both[0] if both[0][key] != both[1].get(key)]
 
 
 def _apart(found: Series, reference: Series) -> Series:
