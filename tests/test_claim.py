@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from equiloss.claim import LOCK, MAY_CHANGE, changes, claim
+from equiloss.claim import LOCK, MAY_CHANGE, TRACKERS, changes, claim
 from equiloss.errors import ConfigError
 from equiloss.results import CONFIG, METRICS, RESULTS, Result
 from support import composed
@@ -46,9 +46,12 @@ def test_an_interrupted_run_is_continued(tmp_path: Path) -> None:
     began(tmp_path)
     results("interrupted").write(tmp_path)
     (tmp_path / "error.txt").write_text("")
-    with claim(tmp_path, composed("trainer.devices=2", "data.num_workers=1")) as todo:
+    (tmp_path / TRACKERS).write_text("{}")
+    changed = ("trainer.devices=2", "data.num_workers=1", "logger=wandb")
+    with claim(tmp_path, composed(*changed)) as todo:
         assert todo
     left = content(tmp_path)
+    assert TRACKERS in left
     assert "checkpoints/last.ckpt" in left
     assert METRICS in left
     assert "events.out.tfevents.1" in left
@@ -61,6 +64,7 @@ def test_an_interrupted_run_is_continued(tmp_path: Path) -> None:
 
 def test_without_a_checkpoint_it_begins_again(tmp_path: Path) -> None:
     began(tmp_path, checkpoint=False)
+    (tmp_path / TRACKERS).write_text("{}")
     with claim(tmp_path, composed()) as todo:
         assert todo
     assert content(tmp_path).keys() == {CONFIG, LOCK}

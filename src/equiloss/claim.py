@@ -15,16 +15,19 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from omegaconf import OmegaConf
 
+from equiloss.config import LoggerConfig
 from equiloss.errors import ConfigError
 from equiloss.resolved import PRESENTATION, ResolvedConfig, leaves
 
 LOCK = ".lock"
 TRACEBACK = "error.txt"
+TRACKERS = "trackers.json"
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
 # How the numbers are computed, written down or chosen from, not what they are.
@@ -38,7 +41,7 @@ MAY_CHANGE = PRESENTATION | {
     "data.num_workers",
     "data.eval_batch_size",
     "checkpoint.every_n_steps",
-    "logger.tensorboard",
+    *(f"logger.{key}" for key, _ in leaves(asdict(LoggerConfig()))),
     "parity.policy",
     "objective",
     "test_weights",
@@ -127,7 +130,7 @@ def _clear(run_dir: Path) -> None:
     """Remove what an attempt without a checkpoint left behind: it begins again."""
     from equiloss.results import EVALUATION, METRICS, RESULTS
 
-    for name in (METRICS, RESULTS, EVALUATION, TRACEBACK):
+    for name in (METRICS, RESULTS, EVALUATION, TRACEBACK, TRACKERS):
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()

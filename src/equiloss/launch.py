@@ -219,6 +219,10 @@ def _record(resolved: ResolvedConfig, run_dir: Path, status: str, error: str) ->
         loss={"name": loss.pop("name"), "options": loss},
         error=error,
     ).write(run_dir)
+    if resolved.config.logger.mlflow.enabled:
+        from equiloss import trackers
+
+        trackers.end_killed(resolved.config.logger, run_dir, status)
 
 
 def _report(error: Exception) -> None:

@@ -55,6 +55,12 @@ class Entry:
     """Time that the job took, once it has ended."""
 
 
+def sweep_of(run_dir: Path) -> Path | None:
+    """Directory of the sweep that a run belongs to; None for a single run."""
+    above = run_dir.absolute().parents
+    return next((directory for directory in above if (directory / LEDGER).is_file()), None)
+
+
 class Ledger:
     """How the jobs of a sweep began and ended.
 

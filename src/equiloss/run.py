@@ -34,6 +34,7 @@ from equiloss.parity import ParityMonitor
 from equiloss.resolved import ResolvedConfig
 from equiloss.results import Result, metric_names
 from equiloss.tensorboard import EvaluationFigures, RunTensorBoard
+from equiloss.trackers import tracked
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,9 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
         _warn_of_batch_statistics(config, trainer)
     _warn_of_draws(config, trainer, draws_by_batch(model))
     try:
-        metrics = _do(config, trainer, classifier, data, checkpoints, continued)
+        with tracked(trainer, resolved, run_dir, continued=continued is not None) as final:
+            metrics = _do(config, trainer, classifier, data, checkpoints, continued)
+            final.update(metrics)
     finally:
         for logger in loggers:
             logger.close()
