@@ -3,6 +3,7 @@
 #   make test
 #   make test-slow
 #   make ray
+#   make loggers
 #   make invariance
 #   make pictures
 PYTHON ?= python3
@@ -12,7 +13,7 @@ ARGS ?=
 # Two test processes, a thread each: two pools of threads on the same cores are far slower.
 JOBS ?= 2
 
-.PHONY: train test test-slow ray lint invariance pictures clean
+.PHONY: train test test-slow ray loggers lint invariance pictures clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -29,6 +30,10 @@ ray:
 	$(PYTHON) -m venv $(VENV)-ray
 	$(VENV)-ray/bin/python -m pip install --quiet --editable '.[ray]' pytest
 	OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest -m ray tests/test_ray.py $(ARGS)
+
+loggers: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[dev,wandb,mlflow]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m loggers tests/test_trackers.py $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
