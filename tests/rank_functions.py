@@ -183,3 +183,14 @@ def train_bitwise_until(directory: Path, kill_in: int | None) -> None:
     exact = {"trainer": {"precision": "32-true", "reduction": "bitwise"}}
     kills = [] if kill_in is None else [KillInStep(kill_in)]
     train(directory, OPTIONS, exact, callbacks=kills)
+
+
+def train_fashion_mnist(directory: Path, reduction: str) -> None:
+    """An epoch of the real Fashion-MNIST on every rank."""
+    from equiloss.invariance.here import train
+
+    train(
+        directory,
+        {"data": {"name": "fashion_mnist", "batch_size": 250, "augment": {"shift": 2}}},
+        {"trainer": {"precision": "32-true", "reduction": reduction, "max_epochs": 1}},
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 import rank_functions
 from equiloss.bitwise import tree_sum
 from equiloss.config import TrainerConfig
+from equiloss.data.torchvision_sets import DEBIAN_FASHION_MNIST
 from equiloss.errors import ConfigError
 from equiloss.results import Result, read_metrics
 from equiloss.run import run
@@ -72,6 +73,19 @@ def test_killed_and_continued_on_other_devices_to_the_bit(
     run_ranks(train, continued_on, tmp_path / "killed", None)
     assert len(Result.read(tmp_path / "killed").segments) == 2
     assert same_bits(tmp_path / "killed", tmp_path / "whole")
+
+
+@slow
+@pytest.mark.real_data
+@pytest.mark.skipif(
+    not DEBIAN_FASHION_MNIST.is_dir(),
+    reason="Debian's package dataset-fashion-mnist is not installed",
+)
+def test_an_epoch_of_fashion_mnist_is_the_same_bits(tmp_path: Path) -> None:
+    for world_size in (1, 2):
+        place = tmp_path / str(world_size)
+        run_ranks(rank_functions.train_fashion_mnist, world_size, place, "bitwise")
+    assert same_bits(tmp_path / "2", tmp_path / "1")
 
 
 class TestTree:
