@@ -121,7 +121,7 @@ class BitwiseStep(GlobalStep):
         here = slice(rows.start - first, rows.stop - first)
         images, target, index = (field[here] for field in (batch.images, batch.target, batch.index))
         # For layers that draw from the generator; our own dropout belongs to the samples.
-        rng.seed_rank(module.config.seed, module.step_index, shard)
+        rng.seed_shard(module.config.seed, module.step_index, shard, module.device)
         with module.rows.of(index, batch.epoch):
             outputs = module.outputs(images)  # [n, C, H, W] -> [n, K]
             part = criterion(outputs, target)
