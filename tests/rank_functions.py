@@ -194,3 +194,12 @@ def train_fashion_mnist(directory: Path, reduction: str) -> None:
         {"data": {"name": "fashion_mnist", "batch_size": 250, "augment": {"shift": 2}}},
         {"trainer": {"precision": "32-true", "reduction": reduction, "max_epochs": 1}},
     )
+
+
+def train_noisy(directory: Path) -> None:
+    """Ten steps of a network that draws from every generator, on every rank."""
+    from equiloss.invariance.here import DEFAULTS, train
+
+    DEFAULTS["model"] = {"name": "custom", "target": "stand_ins:noisy"}
+    exact = {"precision": "32-true", "reduction": "bitwise", "max_steps": 10}
+    train(directory, {"trainer": exact})

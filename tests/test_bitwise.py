@@ -88,6 +88,13 @@ def test_an_epoch_of_fashion_mnist_is_the_same_bits(tmp_path: Path) -> None:
     assert same_bits(tmp_path / "2", tmp_path / "1")
 
 
+@slow
+def test_what_draws_from_the_generators_draws_the_same(tmp_path: Path) -> None:
+    for world_size in (1, 2):
+        run_ranks(rank_functions.train_noisy, world_size, tmp_path / str(world_size))
+    assert same_bits(tmp_path / "2", tmp_path / "1")
+
+
 class TestTree:
     @pytest.mark.parametrize("shards", [1, 2, 8, 16])
     def test_any_aligned_branches_give_the_whole_trees_bits(self, shards: int) -> None:

@@ -33,8 +33,10 @@ def seed_rank(seed: int, step: int, rank: int) -> None:
 
 
 def seed_shard(seed: int, step: int, shard: int, device: torch.device) -> None:
-    """Seed torch's generators for one virtual shard of one step."""
+    """Seed the generators for one virtual shard of one step."""
     number = (seed << 31) + (step << 10) + shard
+    random.seed(number)
+    np.random.seed(number % 2**32)
     # torch.manual_seed takes a note for each accelerator that is not there, in half a millisecond.
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
