@@ -18,7 +18,8 @@ def import_target(target: str, key: str, error: type[UserError]) -> Callable[...
         error: What to raise.
 
     Raises:
-        UserError: of the given type, if the path has another form or leads to nothing callable.
+        UserError: of the given type, if the path has another form, leads to nothing callable, or
+            its module cannot be imported, whatever the reason.
 
     >>> import_target("math:sqrt", "loss.target", UserError)(4.0)
     2.0
@@ -31,8 +32,10 @@ def import_target(target: str, key: str, error: type[UserError]) -> Callable[...
         raise error(f"{key} must read package.module:function, got {target!r}")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as cause:
-        raise error(f"{key}={target} cannot be imported: {cause}") from cause
+    except Exception as cause:  # a module may fail in any way
+        kind = "" if isinstance(cause, (ImportError, AttributeError)) else type(cause).__name__
+        why = f"{kind}: {cause}" if kind else str(cause)
+        raise error(f"{key}={target} cannot be imported: {why}") from cause
     if not callable(found):
         raise error(f"{key}={target} is a {type(found).__name__}, not a function or class")
     return found

@@ -38,7 +38,8 @@ class Criterion(nn.Module):
     """A registered loss with its options.
 
     Args:
-        name: A registered name, or `custom` with `target="package.module:function"`.
+        name: A registered name, the loss itself, or `custom` with
+            `target="package.module:function"`.
         class_counts: Rows of each class in the training set [C]; needed by `weight="balanced"`
             and by losses that take class counts.
         **options: The loss's options. `weight` is None, `"balanced"` or one number per class.
@@ -56,19 +57,22 @@ class Criterion(nn.Module):
 
     def __init__(
         self,
-        name: str,
+        name: str | LossFunction,
         *,
         class_counts: Sequence[int] | Tensor | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.name = name
-        if name == "custom":
+        if not isinstance(name, str):
+            called = getattr(name, "__name__", type(name).__name__)
+            loss, name = adapted(called, name), called
+        elif name == "custom":
             target = options.pop("target", None)
             loss = adapted(name, import_target(str(target), "loss.target", LossError))
             options = dict(options.pop("options", None) or {}) | options
         else:
             loss = registry.get(name)
+        self.name = name
         self.signature = read(name, loss)
         check_options(name, self.signature, options)
         counts = None if class_counts is None else torch.as_tensor(class_counts).cpu()

@@ -1,0 +1,178 @@
+"""Holding losses against the laws, each law after those that it needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from equiloss.conformance.law import (
+    Broken,
+    CounterExample,
+    DoesNotApply,
+    Law,
+    LossRaised,
+)
+from equiloss.conformance.laws import LAWS
+from equiloss.conformance.ranks import check_ranks, ranks
+from equiloss.conformance.rows import loads
+from equiloss.conformance.subject import Subject
+from equiloss.conformance.verdict import Conformance, Outcome, Status
+from equiloss.errors import LossError, unknown
+from equiloss.imports import import_target
+from equiloss.losses import registry
+from equiloss.losses.signature import LossFunction
+
+
+def verify(loss: str | LossFunction, /, **options: Any) -> Conformance:
+    """Hold a loss against every law of a loss.
+
+    Args:
+        loss: A registered name, `package.module:function`, a function, or an nn.Module class.
+        **options: Values of its own options. An option `num_classes` fixes the number of classes
+            for all laws.
+
+    Returns:
+        The verdict; printed, it shows the smallest counter-example found to each broken law.
+
+    Raises:
+        LossError: for a name or an option that does not exist.
+
+    >>> def hinge(logits, target, *, margin: float = 1.0):
+    ...     own = logits.gather(-1, target.unsqueeze(-1))
+    ...     return (margin + logits - own).relu().sum(-1).mean()
+    >>> verdict = verify(hinge, margin=2.0)
+    >>> verdict.holds, verdict.broken[0].law.name
+    (False, 'shape')
+    """
+    return verify_all([loss], options)[0]
+
+
+def verify_all(
+    losses: Sequence[str | LossFunction],
+    options: Mapping[str, Any] | None = None,
+    *,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Conformance]:
+    """Hold several losses against every law; starts processes once for all of them.
+
+    Args:
+        losses: As for `verify`.
+        options: Given to each of them.
+        tell: Is given the name of each loss before its turn.
+
+    Raises:
+        LossError: for a name or an option that does not exist.
+    """
+    trials = [_Trial.of(loss, dict(options or {})) for loss in losses]
+    for trial in trials:
+        tell(trial.name)
+        for law in LAWS:
+            if law is not ranks:
+                trial.run(law)
+    ready = [trial for trial in trials if trial.may_run(ranks)]
+    tell("processes")
+    began = time.perf_counter()
+    outcomes = check_ranks([trial.subject for trial in ready if trial.subject is not None])
+    share = (time.perf_counter() - began) / max(len(ready), 1)
+    for trial, outcome in zip(ready, outcomes, strict=True):
+        trial.record(ranks, outcome, share)
+    return [trial.verdict() for trial in trials]
+
+
+@dataclass
+class _Trial:
+    """One loss on its way through the laws."""
+
+    name: str
+    source: str
+    subject: Subject | None
+    options: dict[str, Any]
+    outcomes: dict[Law, Outcome] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, loss: str | LossFunction, options: dict[str, Any]) -> _Trial:
+        registered = isinstance(loss, str) and ":" not in loss
+        if isinstance(loss, str):
+            if registered and loss not in registry.names():
+                raise LossError(unknown("loss", loss, registry.names()))
+            name = loss.rpartition(":")[2]
+            source = _source(loss) if registered else loss.partition(":")[0]
+        else:
+            name = getattr(loss, "__name__", type(loss).__name__)
+            source = str(getattr(loss, "__module__", ""))
+        trial = cls(name, source, None, options)
+        try:
+            trial.subject = Subject(name, load(loss), options, registered=registered)
+        except LossError as error:
+            trial.record(loads, Broken(CounterExample.of_error(error)), 0.0)
+        else:
+            trial.subject.check_options()
+        return trial
+
+    def may_run(self, law: Law) -> bool:
+        """Whether a law's turn has come, and all that it needs is there."""
+        return law not in self.outcomes and self._obstacle(law) is None
+
+    def run(self, law: Law) -> None:
+        """Check a law, unless what it needs is broken."""
+        if not self.may_run(law):
+            return
+        assert self.subject is not None
+        began = time.perf_counter()
+        found: str | Broken | DoesNotApply | None
+        try:
+            found = law.check(self.subject)
+        except (Broken, DoesNotApply) as verdict:
+            found = verdict
+        except LossRaised as error:
+            found = Broken(CounterExample.of_error(error))
+        self.record(law, found, time.perf_counter() - began)
+
+    def record(self, law: Law, found: str | Broken | DoesNotApply | None, seconds: float) -> None:
+        """Note what a check found."""
+        if isinstance(found, Broken):
+            self.outcomes[law] = Outcome(law, Status.BROKEN, example=found.example, seconds=seconds)
+        elif isinstance(found, DoesNotApply):
+            self.outcomes[law] = Outcome(law, Status.DOES_NOT_APPLY, str(found), seconds=seconds)
+        else:
+            self.outcomes[law] = Outcome(law, Status.HOLDS, found or "", seconds=seconds)
+
+    def verdict(self) -> Conformance:
+        """All outcomes, with the laws that could not be checked."""
+        every = []
+        for law in LAWS:
+            obstacle = self._obstacle(law)
+            remark = "" if obstacle is None else f"needs {obstacle.name}"
+            every.append(self.outcomes.get(law, Outcome(law, Status.NOT_RUN, remark)))
+        return Conformance(self.name, self.source, self.options, every)
+
+    def _obstacle(self, law: Law) -> Law | None:
+        """The first broken law without which this one says nothing."""
+        for needed in law.needs:
+            outcome = self.outcomes.get(needed)
+            if outcome is not None and outcome.status == Status.BROKEN:
+                return needed
+            deeper = self._obstacle(needed)
+            if deeper is not None:
+                return deeper
+        return None
+
+
+def load(loss: str | LossFunction) -> LossFunction:
+    """The function or class of a registered name or a path.
+
+    Raises:
+        LossError: if there is none, or it cannot be imported.
+    """
+    if not isinstance(loss, str):
+        return loss
+    return import_target(loss, "loss", LossError) if ":" in loss else registry.get(loss)
+
+
+def _source(name: str) -> str:
+    try:
+        return registry.provider(name).source
+    except LossError:
+        return "claimed more than once"
