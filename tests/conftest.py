@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from equiloss.results import Result
-from support import PYTHONPATH, QUIET, ROOT, Run, Train, composed
+from support import PYTHONPATH, QUIET, ROOT, TESTS, Install, Run, Train, composed
+
+# A distribution of its own, with modules that cannot be imported.
+collect_ignore = ["plugin"]
 
 
 @pytest.fixture
@@ -43,3 +47,34 @@ def train(tmp_path: Path) -> Train:
         )
 
     return call
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Put a plugin on the path as pip would: its modules, and a .dist-info with entry points."""
+
+    def call(distribution: str, version: str, entry_points: str, **modules: str) -> None:
+        site = tmp_path / distribution
+        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        )
+        (info / "entry_points.txt").write_text(f"[equiloss.losses]\n{entry_points}\n")
+        for module, source in modules.items():
+            (site / f"{module}.py").write_text(source)
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.syspath_prepend(site)
+
+    return call
+
+
+@pytest.fixture
+def mutants(install: Install, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The losses of tests/plugin, installed; returns their names."""
+    project = tomllib.loads((TESTS / "plugin" / "pyproject.toml").read_text())["project"]
+    losses = project["entry-points"]["equiloss.losses"]
+    lines = (f"{name} = {target}" for name, target in losses.items())
+    install(project["name"], project["version"], "\n".join(lines))
+    monkeypatch.syspath_prepend(TESTS / "plugin" / "src")
+    return list(losses)

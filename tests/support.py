@@ -28,6 +28,7 @@ QUIET = ("callbacks=quiet", "model.options.widths=[8,16]")
 
 slow = pytest.mark.slow
 
+Install = Callable[..., None]
 Run = Callable[..., Result]
 Train = Callable[..., subprocess.CompletedProcess[str]]
 

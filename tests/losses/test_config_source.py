@@ -227,6 +227,13 @@ class TestSource:
         assert not source.is_config("loss")
         assert not source.is_config("model/cross_entropy")
 
+    def test_a_plugin_that_takes_the_name_of_losses_by_import_path_changes_nothing(self, install):
+        install("odd-losses", "0.1", "custom = odd_losses:odd")
+        source = LossConfigSource("equiloss", "equiloss-losses://")
+        assert source.list("loss", None).count("custom") == 1
+        node = compose_loss("loss=custom", "loss.target=torch_like:doubled")
+        assert plain(node) == {"name": "custom", "target": "torch_like:doubled", "options": {}}
+
     def test_choosing_imports_one(self, monkeypatch):
         chosen = []
         get = registry.get

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -14,32 +12,10 @@ from torch import Tensor, nn
 from equiloss.errors import LossError
 from equiloss.losses import get, names, register, registry
 from equiloss.losses.signature import RESERVED, read
+from support import Install
 
 FORMULATIONS = ["cross_entropy", "log_softmax_nll", "softmax_nll"]
 BUILT_IN = sorted(registry._BUILT_IN)
-
-Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Put a plugin on the path as pip would: its module, and a .dist-info with entry points."""
-
-    def call(distribution: str, version: str, entry_points: str, **modules: str) -> None:
-        site = tmp_path / distribution
-        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
-        )
-        (info / "entry_points.txt").write_text(f"[equiloss.losses]\n{entry_points}\n")
-        for module, source in modules.items():
-            (site / f"{module}.py").write_text(source)
-            monkeypatch.delitem(sys.modules, module, raising=False)
-        monkeypatch.syspath_prepend(site)
-
-    return call
-
 
 LOSS = "def {name}(logits, target, *, factor: float = 2.0):\n    return factor * logits.sum(-1)\n"
 
@@ -112,6 +88,14 @@ class TestPlugins:
             register(lambda logits, target: logits, name="doubled")
         assert imported() == set()
 
+    @pytest.mark.parametrize("name", list(registry.KEPT))
+    def test_a_name_that_means_something_else_is_refused_when_it_is_chosen(self, install, name):
+        install("odd-losses", "0.1", f"{name} = good_losses:doubled")
+        with pytest.raises(LossError, match=rf"{name!r} of odd-losses 0\.1: that name is kept for"):
+            get(name)
+        assert name in names()
+        assert registry.provider("cross_entropy").source == "equiloss"
+
     def test_an_entry_point_that_leads_to_no_loss_is_named(self, install):
         install("odd-losses", "0.1", "odd = odd_losses:odd", odd_losses="odd = 3\n")
         with pytest.raises(LossError, match=r"'odd' .*odd-losses 0\.1"):
@@ -168,9 +152,10 @@ class TestRegister:
         assert get("mine") is softmax_nll
         assert get("softmax_nll").__module__ == "equiloss.losses.formulations"
 
-    def test_the_name_of_losses_by_import_path_is_reserved(self):
-        with pytest.raises(LossError, match="'custom'"):
-            register(lambda logits, target: logits.sum(-1), name="custom")
+    @pytest.mark.parametrize("name", ["custom", "invariance", "losses"])
+    def test_names_that_mean_something_else_are_kept(self, name):
+        with pytest.raises(LossError, match=f"as loss {name!r}: that name is kept for"):
+            register(lambda logits, target: logits.sum(-1), name=name)
 
     def test_an_unknown_name_gets_the_near_miss_and_the_choices(self):
         with pytest.raises(LossError) as caught:
@@ -284,6 +269,20 @@ class TestSignature:
         assert signature.supported == {"ignore_index"}
 
     def test_a_module_class_without_options_needs_no_init(self):
+        class Loss(nn.Module):
+            def forward(self, logits, target): ...
+
+        assert read("loss", Loss).options == {}
+
+    def test_nor_does_it_once_torch_has_compiled_something(self, monkeypatch):
+        """torch.compile wraps nn.Module.__init__ for good."""
+
+        def wrapped(self, *args, **options):
+            made(self, *args, **options)
+
+        made = nn.Module.__init__
+        monkeypatch.setattr(nn.Module, "__init__", wrapped)
+
         class Loss(nn.Module):
             def forward(self, logits, target): ...
 

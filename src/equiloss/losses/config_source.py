@@ -111,7 +111,7 @@ class LossSearchPath(SearchPathPlugin):
 
 
 def _choices() -> list[str]:
-    return [*registry.names(), CUSTOM]
+    return list(dict.fromkeys([*registry.names(), CUSTOM]))
 
 
 def _source(name: str) -> str:

@@ -23,6 +23,13 @@ GROUP = "equiloss.losses"
 # The name in a configuration of a loss that is given by its import path.
 CUSTOM = "custom"
 
+# Names that mean something else, in a configuration or after `equiloss verify`.
+KEPT = {
+    CUSTOM: "losses by import path",
+    "invariance": "`equiloss verify invariance`",
+    "losses": "`equiloss verify losses`",
+}
+
 _BUILT_IN = {
     "balanced_softmax": "equiloss.losses.long_tail:balanced_softmax",
     "bi_tempered": "equiloss.losses.bi_tempered:bi_tempered",
@@ -113,9 +120,9 @@ def register(loss: _F | None = None, *, name: str | None = None) -> _F | Callabl
         return lambda function: register(function, name=name)
     key = name or loss.__name__
     source = f"{loss.__module__}:{loss.__qualname__}"
-    if key == CUSTOM:
+    if key in KEPT:
         raise LossError(
-            f"cannot register {source} as loss {key!r}: that name is kept for losses by import path"
+            f"cannot register {source} as loss {key!r}: that name is kept for {KEPT[key]}"
         )
     for claim in _providers():
         if claim.name == key:
@@ -148,6 +155,11 @@ def _plugin(entry_point: EntryPoint) -> Provider:
     source = f"{distribution.name} {distribution.version}" if distribution else "a plugin"
 
     def load() -> LossFunction:
+        if entry_point.name in KEPT:
+            raise LossError(
+                f"loss {entry_point.name!r} of {source}: that name is kept for "
+                f"{KEPT[entry_point.name]}"
+            )
         try:
             loss: LossFunction = entry_point.load()
         except Exception as error:  # a plugin may fail in any way; it is named and breaks no other
