@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,3 +23,15 @@ class LearnedTemperature(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits / self.log_temperature.exp(), target, reduction="none")
+
+
+def ends_its_process(logits: Tensor, target: Tensor) -> Tensor:
+    if dist.is_initialized():
+        os._exit(3)
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def raises_on_a_rank(logits: Tensor, target: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_rank() == 1:
+        raise LookupError("not here")
+    return F.cross_entropy(logits, target, reduction="none")

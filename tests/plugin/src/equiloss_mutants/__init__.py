@@ -1,0 +1,1 @@
+"""Losses with one mistake each. None of them imports equiloss."""
