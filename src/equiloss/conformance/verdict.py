@@ -146,7 +146,8 @@ def _laws(verdict: Conformance) -> Table:
 
 def _summary(verdicts: Sequence[Conformance]) -> Table:
     table = Table()
-    for head in ("loss", "source", "verdict", "hold", "not applicable", "not run", "seconds"):
+    table.add_column("loss", no_wrap=True)  # what `equiloss verify NAME` takes
+    for head in ("source", "verdict", "hold", "n/a", "not run", "seconds"):
         table.add_column(head, overflow="fold")
     for verdict in verdicts:
         broken = ", ".join(outcome.law.name for outcome in verdict.broken)
