@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from equiloss.errors import NonFiniteError
-from equiloss.losses import reduction
+from equiloss.losses import reduction, registry
 from equiloss.losses.projection import Projection
 
 if TYPE_CHECKING:
@@ -201,6 +201,10 @@ class GlobalStep:
             )
         else:
             way_out = "Lower optimizer.lr or set optimizer.gradient_clip_norm."
+            if criterion.name in registry.names():
+                way_out += (
+                    f" `equiloss verify {criterion.name}` tells whether the loss is at fault."
+                )
         return (
             f"step {module.step_index}: the loss ({loss:.6g}) or its gradient (norm {norm:.6g}) "
             f"is not finite; {'; '.join(where)}. {way_out} "

@@ -172,6 +172,11 @@ def _plugin(entry_point: EntryPoint) -> Provider:
                 f"loss {entry_point.name!r} of {source} ({entry_point.value}) is a "
                 f"{type(loss).__name__}, not a function or class"
             )
-        return adapted(entry_point.name, loss)
+        try:
+            loss = adapted(entry_point.name, loss)
+            read(entry_point.name, loss)
+        except LossError as error:
+            raise LossError(f"{source}: {error}") from error
+        return loss
 
     return Provider(entry_point.name, source, load)
