@@ -314,7 +314,7 @@ def test_batch_norm_is_synchronised_on_several_gpus(
     def ask(**arguments: object) -> None:
         raise AskedError(arguments["sync_batchnorm"])
 
-    monkeypatch.setattr("equiloss.run.Trainer", ask)
+    monkeypatch.setattr("equiloss.trainer.Trainer", ask)
     config = composed(
         "model=torchvision",
         f"model.name={model}",

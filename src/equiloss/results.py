@@ -138,8 +138,8 @@ def environment(device: torch.device, shards: int | None = None) -> dict[str, An
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        # Virtual shards of a global batch, where the reduction is bitwise.
-        "shards": shards,
+        # Where the reduction is bitwise: virtual shards of a global batch.
+        **({} if shards is None else {"shards": shards}),
         "git_commit": _git_commit(),
     }
 
