@@ -158,13 +158,13 @@ def train_mixed(directory: Path) -> None:
     )
 
 
-def train_bitwise(directory: Path, optimizer: str, *changes: dict[str, Any]) -> None:
-    """Sixty float32 steps, over the end of two epochs, on every rank."""
+def train_bitwise(directory: Path, optimizer: str, steps: int, *changes: dict[str, Any]) -> None:
+    """Float32 steps on every rank; an epoch has 25."""
     from equiloss.invariance.here import DEFAULTS, train
 
     if optimizer == "AdamW":
         DEFAULTS["optimizer"] = {"name": "AdamW", "lr": 0.003, "weight_decay": 0.01}
-    train(directory, {"trainer": {"precision": "32-true", "max_steps": 60}}, *changes)
+    train(directory, {"trainer": {"precision": "32-true", "max_steps": steps}}, *changes)
 
 
 def train_with_unequal_threads(directory: Path, *changes: dict[str, Any]) -> None:

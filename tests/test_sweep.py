@@ -351,7 +351,7 @@ def test_a_search_without_a_seed_gives_ranks_one_configuration(
         "-m",
         "sweep=optuna_lr",
         "hydra.sweeper.sampler.seed=null",
-        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.n_trials=2",
         "trainer=ddp_cpu",
         *FAST,
         f"hydra.sweep.dir={tmp_path}/sweep",
@@ -360,8 +360,8 @@ def test_a_search_without_a_seed_gives_ranks_one_configuration(
     assert done.returncode == 0, done.stderr
     assert "this sweep cannot be resumed" in done.stderr
     found = results(tmp_path / "sweep")
-    assert [result.world_size for result in found] == [2, 2, 2]
-    assert len({result.config_hash for result in found}) == 3
+    assert [result.world_size for result in found] == [2, 2]
+    assert len({result.config_hash for result in found}) == 2
 
 
 def test_a_failed_trial_does_not_end_a_study(train: Train, tmp_path: Path) -> None:

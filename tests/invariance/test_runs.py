@@ -11,6 +11,7 @@ from equiloss.config import SPLIT_METRICS
 from equiloss.invariance import evaluation, interruption, order, trajectories
 from equiloss.invariance.evaluation import Figures
 from equiloss.results import METRICS
+from support import slow
 
 
 def test_a_hundred_steps_are_those_of_one_process(tmp_path: Path) -> None:
@@ -67,6 +68,7 @@ def test_a_padded_evaluation_is_found_out() -> None:
     }
 
 
+@slow  # tests/test_resume.py is faster, and stops a run after each of its steps
 def test_killed_runs_continue_to_the_bit(tmp_path: Path) -> None:
     part = interruption.measure(tmp_path)["interruptions"]
     assert [cell for cell in part.cells if not cell.holds] == []
