@@ -282,7 +282,11 @@ def killed(directory: Path, devices: int, victim: str) -> None:
 
 @pytest.mark.parametrize(
     ("devices", "victim", "continued_on"),
-    [(1, "train.py", 1), pytest.param(2, "train.py", 2, marks=slow), (2, "a rank", 1)],
+    [
+        pytest.param(1, "train.py", 1, marks=slow),
+        pytest.param(2, "train.py", 2, marks=slow),
+        (2, "a rank", 1),
+    ],
 )
 def test_the_same_command_continues_what_was_killed(
     devices: int, victim: str, continued_on: int, train: Train, tmp_path: Path

@@ -146,10 +146,9 @@ def test_a_loss_of_classes_alone_is_refused(run_here):
 
 def test_training_does_not_depend_on_the_ranks(tmp_path: Path):
     """Fifteen float64 steps with a short last slice, both kinds of mixing, real processes."""
-    for world_size in (1, 2, 3):
+    for world_size in (1, 3):
         run_ranks(rank_functions.train_mixed, world_size, tmp_path / str(world_size))
     alone = read_records(tmp_path / "1" / "records.jsonl")
-    for world_size in (2, 3):
-        assert read_records(tmp_path / str(world_size) / "records.jsonl") == alone
-        # Float64 rounds at 1e-16; a few steps of training amplify it.
-        assert weights_apart(tmp_path / str(world_size), tmp_path / "1") < 1e-12
+    assert read_records(tmp_path / "3" / "records.jsonl") == alone
+    # Float64 rounds at 1e-16; a few steps of training amplify it.
+    assert weights_apart(tmp_path / "3", tmp_path / "1") < 1e-12

@@ -8,9 +8,13 @@ import torch
 from equiloss.invariance import gradients
 from equiloss.invariance.cells import CONTROL_AT_LEAST
 from equiloss.testing import run_ranks
+from support import slow
 
 
-@pytest.mark.parametrize("world_size", gradients.WORLD_SIZES)
+@pytest.mark.parametrize(
+    "world_size",
+    [pytest.param(size, marks=[slow] if size > 3 else []) for size in gradients.WORLD_SIZES],
+)
 def test_every_split_has_the_gradient_of_one_device(world_size: int) -> None:
     parts = gradients.measure((world_size,))
     assert parts.keys() == {"gradients_float64", "gradients_float32"}
