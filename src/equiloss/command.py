@@ -57,7 +57,7 @@ def _close(sweep_dir: Path, entries: dict[int, Entry]) -> int:
     if entries:
         jobs, _ = progress.table(sweep_dir)
         Console().print(jobs)
-    if len(failed) < len(entries):
+        # Of failed runs too: parity may be what stopped them all.
         _report_on(sweep_dir)
     print(f"sweep directory: {sweep_dir} ({len(entries) - len(failed)} of {len(entries)} done)")
     return 1 if failed else 0

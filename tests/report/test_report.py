@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from equiloss import command
 from equiloss.claim import claim
 from equiloss.cli import app
+from equiloss.ledger import ATTEMPT, Ledger
 from equiloss.report.compare import compare
 from equiloss.report.figures import PICTURES
 from equiloss.report.page import page, write_report
@@ -185,3 +187,16 @@ def test_groups_that_are_not_drawn_are_told(tmp_path: Path) -> None:
     text = page(compare(find([tmp_path])), PICTURES)
     assert text.count("The first 12 of 13 groups.") == 3
     assert "The first 6 of 13 groups." in text
+
+
+def test_a_sweep_that_parity_stopped_altogether_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ATTEMPT, "first")
+    error = "parity, step 0: off (error 300 times its bound) differ from the oracle"
+    write_run(tmp_path / "strict", status="failed", error=error)
+    ledger = Ledger(tmp_path)
+    ledger.begin("first", jobs=1, objective="val/nll", direction="minimize")
+    ledger.add(0, "strict", "failed", error=error)
+    assert command._close(tmp_path, ledger.newest("first")) == 1
+    assert "verdict: differs\n- Lockstep (same logits, 21 checks" in capsys.readouterr().out
