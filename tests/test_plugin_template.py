@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from equiloss.conformance.laws import LAWS
 from equiloss.results import Result
 from support import PYTHONPATH, ROOT, slow
 
@@ -22,7 +25,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where pip has installed the plugin."""
     target = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "--quiet", "install", "--no-deps", "--target"]
-    subprocess.run([*pip, str(target), str(TEMPLATE)], check=True, timeout=300)
+    # The build backend is one of the tests' own dependencies, so that nothing is downloaded.
+    command = [*pip, str(target), "--no-build-isolation", str(TEMPLATE)]
+    subprocess.run(command, check=True, timeout=300)
     return target
 
 
@@ -95,3 +100,27 @@ def test_its_own_tests_pass(site: Path, tmp_path: Path) -> None:
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(TEMPLATE / "tests"))
     done = run(site, *tests, "-c", os.devnull, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
+
+
+class TestThePage:
+    """docs/write-a-loss.md shows what there is."""
+
+    PAGE = (ROOT / "docs" / "write-a-loss.md").read_text(encoding="utf-8")
+
+    def test_its_function_is_that_of_the_template(self) -> None:
+        shown = re.findall(r"^```python\n(.*?)^```", self.PAGE, flags=re.MULTILINE | re.DOTALL)[0]
+        source = (TEMPLATE / "src" / "equiloss_taylor" / "__init__.py").read_text(encoding="utf-8")
+        for line in shown.splitlines()[1:]:
+            assert line in source
+
+    def test_its_entry_point_is_that_of_the_template(self) -> None:
+        (shown,) = re.findall(r"^```toml\n(.*?)^```", self.PAGE, flags=re.MULTILINE | re.DOTALL)
+        project = tomllib.loads((TEMPLATE / "pyproject.toml").read_text())["project"]
+        assert tomllib.loads(shown)["project"]["entry-points"] == project["entry-points"]
+
+    def test_it_has_every_law(self) -> None:
+        rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*?) ?\|$", self.PAGE, flags=re.MULTILINE)
+        laws = [
+            (law.name, law.sentence, ", ".join(needed.name for needed in law.needs)) for law in LAWS
+        ]
+        assert [row for row in rows if row[0] != "law"] == laws

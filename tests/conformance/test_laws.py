@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ from equiloss.conformance.subject import Subject
 from equiloss.errors import LossError
 from equiloss.losses import Criterion, registry
 from equiloss.testing import assert_loss_conforms
-from support import slow
+from support import ROOT, TESTS, slow
 
 # Each loss of tests/plugin, and the one law that it breaks.
 BROKEN = {
@@ -83,10 +86,12 @@ def test_the_order_of_the_laws_is_that_of_their_needs():
         assert all(places[needed] < places[law] for needed in law.needs)
 
 
-def test_every_built_in_loss_and_one_with_parameters_conforms(monkeypatch):
+def test_the_built_in_losses_the_template_and_one_with_parameters_conform(monkeypatch):
     monkeypatch.setenv("EQUILOSS_DISABLE_PLUGINS", "1")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "plugin" / "src")
     of_logits = [name for name in registry.names() if not registry.signature(name).wants_features]
-    verdicts = verify_all([*of_logits, torch_like.LearnedTemperature])
+    template = "equiloss_taylor:taylor_cross_entropy"
+    verdicts = verify_all([*of_logits, template, torch_like.LearnedTemperature])
     assert [str(verdict) for verdict in verdicts if not verdict.holds] == []
     found = {verdict.name: statuses(verdict) for verdict in verdicts}
     not_applicable = {
@@ -141,6 +146,16 @@ def test_each_mutant_is_caught_by_its_law_alone(mutants):
             assert rows <= 3
             assert classes <= 2
     assert json.dumps([verdict.as_dict() for verdict in verdicts])
+
+
+@slow
+def test_the_mutants_are_a_distribution_that_installs(tmp_path, mutants):
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    pip = [sys.executable, "-m", "pip", "install", *options, str(TESTS / "plugin")]
+    subprocess.run(pip, check=True, timeout=120)
+    (info,) = importlib.metadata.distributions(path=[str(tmp_path / "site")])
+    assert (info.name, info.version) == ("equiloss-mutants", "0.1")
+    assert sorted(entry.name for entry in info.entry_points) == sorted(mutants)
 
 
 def shown_shape(code: str) -> tuple[int, int]:

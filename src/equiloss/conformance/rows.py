@@ -14,7 +14,7 @@ from equiloss.conformance.subject import Subject, with_ignored_rows
 
 @law()
 def loads(subject: Subject) -> None:
-    """It can be imported, its signature is (logits, target, *, …), and its options have values."""
+    """It can be imported, its signature is that of a loss, and its options have values."""
 
     def violates(case: Case) -> None:
         subject.criterion(case)
