@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -19,7 +20,8 @@ from equiloss.conformance.laws import LAWS
 from equiloss.conformance.ranks import check_ranks
 from equiloss.conformance.subject import Subject
 from equiloss.errors import LossError
-from equiloss.losses import Criterion, registry
+from equiloss.losses import Criterion, get, registry
+from equiloss.losses.projection import Projection
 from equiloss.testing import assert_loss_conforms
 from support import ROOT, TESTS, slow
 
@@ -145,6 +147,11 @@ def test_each_mutant_is_caught_by_its_law_alone(mutants):
             rows, classes = shown_shape(example.code)
             assert rows <= 3
             assert classes <= 2
+            if example.expected and law != "attached":
+                run_code(verdict)
+            else:
+                with pytest.raises(Exception, match=re.escape(example.got.partition(": ")[2])):
+                    run_code(verdict)
     assert json.dumps([verdict.as_dict() for verdict in verdicts])
 
 
@@ -161,7 +168,8 @@ def test_the_mutants_are_a_distribution_that_installs(tmp_path, mutants):
 def shown_shape(code: str) -> tuple[int, int]:
     """Rows and classes of a counter-example."""
     names: dict[str, Any] = {"torch": torch}
-    exec("\n".join(line for line in code.splitlines() if "torch." in line[:30]), names)
+    tensors = (line for line in code.splitlines() if re.match(r"\w+ = torch\.", line))
+    exec("\n".join(tensors), names)
     classes = names["logits"].shape[1] if "logits" in names else len(names["head_weight"])
     return len(names["target"]), classes
 
@@ -170,7 +178,8 @@ def run_code(verdict: Conformance, **names: Any) -> Tensor:
     """The losses of the first counter-example, by its own code."""
     example = verdict.broken[0].example
     assert example is not None
-    scope = {"torch": torch, "Criterion": Criterion, **names}
+    known = {"torch": torch, "Criterion": Criterion, "Projection": Projection, "get": get}
+    scope = known | names
     exec(example.code, scope)
     losses: Tensor = scope["losses"]
     return losses

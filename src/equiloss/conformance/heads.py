@@ -14,6 +14,7 @@ from equiloss.conformance.law import (
     errors_of_the_loss,
     law,
 )
+from equiloss.conformance.spelling import criterion
 from equiloss.conformance.subject import Subject
 from equiloss.losses.projection import Projection
 
@@ -73,11 +74,12 @@ def _numbers(rows: int, columns: int, parts: int) -> Tensor:
 def _code(subject: Subject, leaves: dict[str, Tensor], target: Tensor) -> str:
     lines = [f"{key} = {tensor_code(value.detach())}" for key, value in leaves.items()]
     bias = "head_bias" if "head_bias" in leaves else "None"
+    loss = criterion(subject, len(leaves["head_weight"]), {})
     return "\n".join(
         [
             *lines,
             f"target = {tensor_code(target)}",
             f"head = Projection(features, head_weight, {bias})",
-            f"losses = {subject.call(len(leaves['head_weight']))}.per_sample(head, target)",
+            f"losses = {loss}.per_sample(head, target)",
         ]
     )

@@ -16,9 +16,9 @@ from equiloss.conformance.law import (
     LossRaised,
     errors_of_the_loss,
     law,
-    search,
 )
 from equiloss.conformance.rows import repeatable, wrong_form
+from equiloss.conformance.search import search
 from equiloss.conformance.subject import Subject
 from equiloss.losses.signature import RESERVED, Option
 

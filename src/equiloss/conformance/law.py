@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from equiloss.conformance.case import Case, entries
-from equiloss.conformance.shrink import shrink
+from equiloss.conformance.case import Case, rounding
 
 if TYPE_CHECKING:
     from equiloss.conformance.subject import Subject
@@ -55,6 +54,8 @@ class Difference:
     """Which result: `loss of row 1`."""
     got: Tensor | float | str
     expected: Tensor | float | str
+    by_itself: bool = False
+    """Of the loss, called without the criterion."""
 
     @property
     def kind(self) -> str:
@@ -112,52 +113,16 @@ def errors_of_the_loss() -> Iterator[None]:
 
 
 Violates = Callable[[Case], Difference | None]
+"""What is wrong with a call; None if nothing is."""
 
 
-def search(
-    subject: Subject, cases: Iterable[Case], violates: Violates, *, tries: int = 300
-) -> None:
-    """Raise `Broken` with the smallest case that violates a law, if any of `cases` does.
-
-    Args:
-        subject: The loss; calls outside its domain are not made.
-        cases: Calls to begin with.
-        violates: What is wrong with a call; None if nothing is. An error of the loss is wrong.
-        tries: Calls spent on finding a smaller one.
-    """
-
-    def found(case: Case) -> Difference | None:
-        if subject.is_outside(case):
-            return None
-        try:
-            return violates(case)
-        except LossRaised as error:
-            return Difference(RAISED, str(error), "")
-
-    for case in cases:
-        difference = found(case)
-        if difference is None:
-            continue
-
-        def still(smaller: Case, kind: str = difference.kind) -> Difference | None:
-            again = found(smaller)
-            return again if again is not None and again.kind == kind else None
-
-        smallest, finding = shrink(case, difference, still, tries, subject.fixed_classes)
-        raise Broken(counter_example(subject, smallest, finding))
-
-
-def counter_example(subject: Subject, case: Case, difference: Difference) -> CounterExample:
-    """A wrong call, as text."""
-    return CounterExample(
-        subject.code(case),
-        difference.what,
-        _text(difference.got),
-        _text(difference.expected),
-    )
-
-
-def _text(value: Tensor | float | str) -> str:
-    if isinstance(value, Tensor):
-        return entries(value)
-    return value if isinstance(value, str) else repr(value)
+def apart(
+    what: str, case: Case, got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]
+) -> Difference | None:
+    """Whether two evaluations of a case's losses and gradient differ by more than rounding."""
+    bound = rounding(case, *expected)
+    if not ((got[0] - expected[0]).abs() <= bound).all():
+        return Difference(f"losses {what}", got[0], expected[0])
+    if not ((got[1] - expected[1]).abs().amax(-1) <= bound).all():
+        return Difference(f"gradient {what}", got[1], expected[1])
+    return None

@@ -9,8 +9,9 @@ from torch import Tensor
 from equiloss import oracle
 from equiloss.conformance.case import Case, rounding
 from equiloss.conformance.derivatives import extreme_cases, extremes, gradient
-from equiloss.conformance.law import Difference, errors_of_the_loss, law, search
+from equiloss.conformance.law import Difference, errors_of_the_loss, law
 from equiloss.conformance.rows import wrong_form
+from equiloss.conformance.search import search
 from equiloss.conformance.subject import Subject
 
 

@@ -14,14 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from equiloss.conformance.case import Case, rounding
-from equiloss.conformance.law import (
-    Broken,
-    CounterExample,
-    Difference,
-    DoesNotApply,
-    counter_example,
-    law,
-)
+from equiloss.conformance.law import Broken, CounterExample, Difference, DoesNotApply, law
+from equiloss.conformance.search import counter_example
 from equiloss.conformance.subject import Subject
 from equiloss.conformance.transforms import compiled, per_sample_gradients
 from equiloss.errors import LossError
@@ -205,7 +199,7 @@ def _difference(job: Job, steps: tuple[Step, ...]) -> Difference | None:
         if step.error:
             return Difference(f"error of rank {rank}", step.error, "")
     expected = _step(job._replace(rows=(job.case.rows,)))
-    # The bound of every row, over the mass: whole sums and products of the step round as little.
+    # The bounds of all rows added up: a mean errs by less, whatever the order of its sum.
     ones = torch.ones_like(job.case.logits)
     bound = rounding(job.case, torch.full((job.case.rows,), expected.loss), ones).sum().item()
     for step in steps:

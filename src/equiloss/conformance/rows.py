@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from equiloss.conformance.case import Case, rounding
-from equiloss.conformance.law import Difference, Violates, errors_of_the_loss, law, search
+from equiloss.conformance.law import (
+    Difference,
+    LossRaised,
+    Violates,
+    errors_of_the_loss,
+    law,
+)
+from equiloss.conformance.search import search
 from equiloss.conformance.subject import Subject, with_ignored_rows
 
 
@@ -72,7 +79,7 @@ def pure(subject: Subject) -> None:
             loss(**(keywords | handed))
         for key, before in given.items():
             if not torch.equal(handed[key], before):
-                return Difference(f"{key} after the call", handed[key], before)
+                return Difference(f"{key} after the call", handed[key], before, by_itself=True)
         return None
 
     case = subject.batch(4, 4)
@@ -100,7 +107,10 @@ def attached(subject: Subject) -> None:
     """The gradient reaches the logits."""
 
     def violates(case: Case) -> Difference | None:
-        _, gradient = subject.losses_and_gradient(case)
+        try:
+            _, gradient = subject.losses_and_gradient(case)
+        except LossRaised as error:
+            return Difference("gradient", str(error), "one that reaches the logits")
         if gradient.any():
             return None
         return Difference("gradient", gradient, "one that is not 0 everywhere")

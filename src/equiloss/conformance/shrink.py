@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -66,11 +67,15 @@ def _size(case: Case) -> tuple[int, int, int, int]:
     numbers = [*case.logits.flatten().tolist(), *(case.weight or ())]
     if case.soft:
         numbers += case.target.flatten().tolist()
-    digits = sum(len(literal(value, dtype).removesuffix(".0")) for value in numbers)
-    # 0 is simpler than 1.
-    digits += sum(value != 0 for value in numbers)
+    digits = sum(_digits(value, dtype) for value in numbers)
     labels = 0 if case.soft else int((case.target != 0).sum())
     return case.rows, case.classes, len(case.options()), digits + labels
+
+
+@lru_cache(maxsize=10_000)
+def _digits(value: float, dtype: torch.dtype) -> int:
+    """How long a number is when it is written; 0 is shorter than 1."""
+    return len(literal(value, dtype).removesuffix(".0")) + (value != 0)
 
 
 def _smaller(case: Case, fixed_classes: int | None) -> Iterator[Case]:

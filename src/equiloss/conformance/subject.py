@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from equiloss.conformance.case import Case, batch, class_weights, soft, tensor_code
+from equiloss.conformance.case import Case, batch, class_weights, soft
 from equiloss.conformance.law import errors_of_the_loss
 from equiloss.errors import LossError, unknown
 from equiloss.losses.adapter import adapted
@@ -162,11 +161,9 @@ class Subject:
         if not self.signature.wants_features:
             return logits
         eye = torch.eye(logits.shape[-1], dtype=logits.dtype)
-        return Projection(logits, eye, eye.new_zeros(len(eye)) if self._takes_bias else None)
-
-    @property
-    def _takes_bias(self) -> bool:
-        return self.signature.takes_head_bias
+        return Projection(
+            logits, eye, eye.new_zeros(len(eye)) if self.signature.takes_head_bias else None
+        )
 
     def losses(self, case: Case) -> Tensor:
         """Loss of each row [N], without gradient.
@@ -224,31 +221,9 @@ class Subject:
             found["weight"] = torch.tensor(case.weight, dtype=dtype)
         if self.supports("class_counts"):
             found["class_counts"] = torch.tensor(class_counts(case.classes), dtype=dtype)
-        if self._takes_bias:
+        if self.signature.takes_head_bias:
             found[HEAD_BIAS] = torch.zeros(case.classes, dtype=dtype)
         return found
-
-    def code(self, case: Case) -> str:
-        """The call as lines of Python."""
-        given = "logits"
-        if self.signature.wants_features:
-            bias = f"torch.zeros({case.classes})" if self._takes_bias else "None"
-            given = f"Projection(logits, torch.eye({case.classes}).to(logits), {bias})"
-        return "\n".join(
-            [
-                f"logits = {tensor_code(case.logits)}",
-                f"target = {tensor_code(case.target)}",
-                f"losses = {self.call(case.classes, case.options())}.per_sample({given}, target)",
-            ]
-        )
-
-    def call(self, classes: int, more: Mapping[str, Any] = MappingProxyType({})) -> str:
-        """The criterion as an expression."""
-        options = {**self.options, **more}
-        if self.supports("class_counts"):
-            options["class_counts"] = class_counts(classes)
-        name = repr(self.name) if self.registered else self.name
-        return f"Criterion({', '.join([name, *(f'{key}={options[key]!r}' for key in options)])})"
 
 
 def class_counts(classes: int) -> list[int]:

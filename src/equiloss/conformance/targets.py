@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from equiloss.conformance.case import Case, class_weights, one_hot, rounding
+from equiloss.conformance.case import Case, class_weights, one_hot
 from equiloss.conformance.derivatives import (
     extreme_cases,
     extremes,
@@ -15,8 +15,9 @@ from equiloss.conformance.derivatives import (
     not_finite_anywhere,
     not_the_derivative,
 )
-from equiloss.conformance.law import Difference, DoesNotApply, errors_of_the_loss, law, search
+from equiloss.conformance.law import Difference, DoesNotApply, apart, errors_of_the_loss, law
 from equiloss.conformance.rows import depends_on_others
+from equiloss.conformance.search import search
 from equiloss.conformance.subject import Subject, with_ignored_rows
 
 # So little label smoothing is none, in a function that is continuous.
@@ -30,22 +31,12 @@ def soft_targets(subject: Subject) -> None:
         raise DoesNotApply("it does not take probabilities (soft_targets)")
 
     def violates(case: Case) -> Difference | None:
-        return differs(subject, "one-hot", one_hot(case), subject.losses_and_gradient(case))
+        classes = subject.losses_and_gradient(case)
+        return apart(
+            "of one-hot targets", case, subject.losses_and_gradient(one_hot(case)), classes
+        )
 
     search(subject, [subject.batch(5, 4)], violates)
-
-
-def differs(
-    subject: Subject, what: str, case: Case, expected: tuple[Tensor, Tensor]
-) -> Difference | None:
-    """Whether a case's losses and gradient are others than expected."""
-    got, got_gradient = subject.losses_and_gradient(case)
-    bound = rounding(case, *expected)
-    if not ((got - expected[0]).abs() <= bound).all():
-        return Difference(f"losses, {what}", got, expected[0])
-    if not ((got_gradient - expected[1]).abs().amax(-1) <= bound).all():
-        return Difference(f"gradient, {what}", got_gradient, expected[1])
-    return None
 
 
 @law(gradient)
@@ -56,15 +47,15 @@ def label_smoothing(subject: Subject) -> None:
 
     def violates(case: Case) -> Difference | None:
         plain = subject.losses_and_gradient(case)
-        almost = replace(case, label_smoothing=HARDLY_ANY)
-        found = differs(subject, f"ε = {HARDLY_ANY} against ε = 0", almost, plain)
+        almost = subject.losses_and_gradient(replace(case, label_smoothing=HARDLY_ANY))
+        found = apart(f"with ε = {HARDLY_ANY}, against ε = 0", case, almost, plain)
         if found is not None or not subject.signature.soft_targets:
             return found
         for smoothing in (0.25, 1.0):
             spread = one_hot(case).target * (1 - smoothing) + smoothing / case.classes
             mixed = subject.losses_and_gradient(replace(case, target=spread))
-            smoothed = replace(case, label_smoothing=smoothing)
-            found = differs(subject, f"ε = {smoothing} against the mixture", smoothed, mixed)
+            smoothed = subject.losses_and_gradient(replace(case, label_smoothing=smoothing))
+            found = apart(f"with ε = {smoothing}, against the mixture", case, smoothed, mixed)
             if found is not None:
                 return found
         return None
@@ -83,7 +74,7 @@ def weight(subject: Subject) -> None:
         weight = weight[case.target]  # [N]
         losses, gradient = subject.losses_and_gradient(replace(case, weight=None))
         expected = weight * losses, weight.unsqueeze(-1) * gradient
-        return differs(subject, "with weights", case, expected)
+        return apart("with weights", case, subject.losses_and_gradient(case), expected)
 
     case = subject.batch(5, 4)
     classes = case.classes
@@ -104,7 +95,7 @@ def ignored_rows(subject: Subject) -> None:
         return (
             _not_zero(out, *subject.losses_and_gradient(wild))
             or _kept_rows_differ(subject, case, ~out)
-            or _not_zero(out, *_by_itself(subject, case), " of the loss by itself")
+            or _not_zero(out, *_by_itself(subject, case), by_itself=True)
         )
 
     plain = subject.batch(6, 4)
@@ -129,14 +120,15 @@ def _by_itself(subject: Subject, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def _not_zero(
-    ignored: Tensor, losses: Tensor, gradient: Tensor, whose: str = ""
+    ignored: Tensor, losses: Tensor, gradient: Tensor, *, by_itself: bool = False
 ) -> Difference | None:
     for row in ignored.nonzero().flatten().tolist():
         if losses[row] != 0:
-            return Difference(f"loss of the ignored row {row}{whose}", losses[row], 0.0)
+            return Difference(f"loss of the ignored row {row}", losses[row], 0.0, by_itself)
         if gradient[row].ne(0).any():
             zero = torch.zeros_like(gradient[row])
-            return Difference(f"gradient of the ignored row {row}{whose}", gradient[row], zero)
+            what = f"gradient of the ignored row {row}"
+            return Difference(what, gradient[row], zero, by_itself)
     return None
 
 
@@ -146,8 +138,9 @@ def _kept_rows_differ(subject: Subject, case: Case, kept: Tensor) -> Difference 
         return None
     alone = case.at(rows)
     losses, gradient = subject.losses_and_gradient(case)
-    expected = losses[rows], gradient[rows]
-    return differs(subject, f"rows {rows} without the ignored ones", alone, expected)
+    kept_rows = losses[rows], gradient[rows]
+    expected = subject.losses_and_gradient(alone)
+    return apart(f"of the rows {rows} beside ignored ones", alone, kept_rows, expected)
 
 
 @law(extremes, soft_targets, label_smoothing, weight, ignored_rows)

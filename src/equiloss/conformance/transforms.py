@@ -6,17 +6,19 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from equiloss.conformance.case import Case, rounding
+from equiloss.conformance.case import Case
 from equiloss.conformance.derivatives import parameters, shift
 from equiloss.conformance.heads import head
 from equiloss.conformance.keywords import options
-from equiloss.conformance.law import Difference, DoesNotApply, errors_of_the_loss, law, search
+from equiloss.conformance.law import Difference, DoesNotApply, apart, errors_of_the_loss, law
 from equiloss.conformance.precision import accuracy, promotion
+from equiloss.conformance.search import search
 from equiloss.conformance.subject import Subject
 from equiloss.conformance.targets import combinations
 
@@ -37,14 +39,14 @@ def compiled(subject: Subject) -> None:
         raise DoesNotApply("torch.compile does not run on this platform")
 
     def violates(case: Case) -> Difference | None:
-        losses, gradient = subject.losses_and_gradient(case)
+        expected = subject.losses_and_gradient(case)
         logits = case.logits.clone().requires_grad_()
         # Without what an earlier call left behind: a change of shape is another matter.
         torch.compiler.reset()
         with _quietly(), errors_of_the_loss():
             got = torch.compile(subject.function(case), backend=BACKEND)(logits, case.target)
             (got_gradient,) = torch.autograd.grad(got.sum(), logits)
-        return _compared(case, "compiled", (got.detach(), got_gradient), (losses, gradient))
+        return apart("compiled", case, (got.detach(), got_gradient), expected)
 
     search(subject, subject.combined(subject.batch(4, 4)), violates, tries=20)
 
@@ -78,20 +80,10 @@ def per_sample_gradients(subject: Subject) -> str | None:
         try:
             gradient, losses = vmap(grad_and_value(of_row))(case.logits, case.target)
         except Exception as error:  # torch's own limits, such as control flow that reads data
-            remarks.append(f"torch.func cannot map it: {str(error).strip().splitlines()[0]}")
+            why = shorten(str(error), 100, placeholder=" …")
+            remarks.append(f"torch.func cannot map it: {why}")
             return None
-        return _compared(case, "by vmap(grad)", (losses, gradient), expected)
+        return apart("by vmap(grad)", case, (losses, gradient), expected)
 
     search(subject, subject.combined(subject.batch(4, 4)), violates)
     return remarks[0] if remarks else None
-
-
-def _compared(
-    case: Case, how: str, got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]
-) -> Difference | None:
-    bound = rounding(case, *expected)
-    if not ((got[0] - expected[0]).abs() <= bound).all():
-        return Difference(f"losses, {how}", got[0], expected[0])
-    if not ((got[1] - expected[1]).abs().amax(-1) <= bound).all():
-        return Difference(f"gradient, {how}", got[1], expected[1])
-    return None

@@ -72,17 +72,19 @@ class Conformance:
         """How many laws fared so."""
         return sum(outcome.status == status for outcome in self.outcomes)
 
+    @property
+    def counts(self) -> str:
+        """How many laws fared how."""
+        words = {Status.HOLDS: "hold", Status.DOES_NOT_APPLY: "not applicable"}
+        numbers = {words.get(status, status): self.count(status) for status in Status}
+        return ", ".join(f"{number} {word}" for word, number in numbers.items() if number)
+
     def __str__(self) -> str:
         """The verdict in words, with a counter-example for each broken law."""
-        called = ", ".join(
-            [self.name, *(f"{key}={value!r}" for key, value in self.options.items())]
-        )
-        words = {Status.HOLDS: "hold", Status.DOES_NOT_APPLY: "not applicable"}
-        counts = [
-            f"{n} {words.get(status, status)}" for status in Status if (n := self.count(status))
-        ]
+        given = (f"{key}={value!r}" for key, value in self.options.items())
         verdict = "conforms" if self.holds else "BREAKS A LAW"
-        lines = [f"{called} {verdict} ({len(self.outcomes)} laws: {', '.join(counts)})"]
+        called = ", ".join([self.name, *given])
+        lines = [f"{called} {verdict} ({len(self.outcomes)} laws: {self.counts})"]
         for outcome in self.broken:
             lines += ["", *outcome.lines()]
         return "\n".join(lines)
@@ -147,18 +149,16 @@ def _laws(verdict: Conformance) -> Table:
 def _summary(verdicts: Sequence[Conformance]) -> Table:
     table = Table()
     table.add_column("loss", no_wrap=True)  # what `equiloss verify NAME` takes
-    for head in ("source", "verdict", "hold", "n/a", "not run", "seconds"):
+    for head in ("source", "verdict", "laws"):
         table.add_column(head, overflow="fold")
+    table.add_column("seconds", justify="right")
     for verdict in verdicts:
         broken = ", ".join(outcome.law.name for outcome in verdict.broken)
         table.add_row(
             verdict.name,
             verdict.source,
             f"breaks {broken}" if broken else "conforms",
-            *(
-                str(verdict.count(status))
-                for status in (Status.HOLDS, Status.DOES_NOT_APPLY, Status.NOT_RUN)
-            ),
+            verdict.counts,
             f"{verdict.seconds:.1f}",
         )
     return table
