@@ -58,11 +58,18 @@ def batch_norm(num_classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(in_channels), nn.Flatten(), nn.LazyLinear(num_classes))
 
 
+def note_the_time(unless: str) -> None:
+    """Leave a file that says when a rank tripped."""
+    if unless:
+        Path(f"{unless}.tripped").touch()
+
+
 def raises_before_joining(
     num_classes: int, in_channels: int, rank: int = 1, unless: str = ""
 ) -> nn.Module:
     """Fails on one rank, unless a file is there."""
     if os.environ.get("LOCAL_RANK") == str(rank) and not Path(unless or "none").exists():
+        note_the_time(unless)
         raise RuntimeError("this rank never joins")
     return ConvNet(num_classes, in_channels, widths=(8,))
 
@@ -74,12 +81,13 @@ class Trips(ConvNet):
         self, num_classes: int, in_channels: int, rank: int, unless: str, *, kill: bool
     ) -> None:
         super().__init__(num_classes, in_channels, widths=(8,))
-        self.rank, self.unless, self.kill, self.passes = str(rank), unless or "none", kill, 0
+        self.rank, self.unless, self.kill, self.passes = str(rank), unless, kill, 0
 
     def forward(self, images: Tensor) -> Tensor:
         self.passes += 1
         mine = os.environ.get("LOCAL_RANK") == self.rank
-        if self.passes == 5 and mine and not Path(self.unless).exists():
+        if self.passes == 5 and mine and not Path(self.unless or "none").exists():
+            note_the_time(self.unless)
             if not self.kill:
                 raise RuntimeError("this rank tripped")
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out

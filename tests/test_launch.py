@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from equiloss import ranks
+from equiloss.ledger import Ledger
 from equiloss.results import Result
 from support import PYTHONPATH, QUIET, ROOT, Train, composed, slow
 
@@ -212,6 +213,14 @@ def test_a_job_whose_rank_dies_fails_alone_and_is_retried(
     assert failed.error == cause
     assert [result.status for result in results] == ["completed"] * (jobs - 1)
     assert (tmp_path / "sweep" / "1" / "error.txt").exists()
+    # A process group would wait for its 30 minutes.
+    ledger = Ledger(tmp_path / "sweep")
+    attempt = ledger.attempt()
+    assert attempt is not None
+    reported = ledger.newest(attempt.attempt)[1].time
+    waited = reported - (tmp_path / "mended.tripped").stat().st_mtime
+    print(f"{target} {rank}: reported after {waited:.1f} s")
+    assert 0 <= waited < 15
 
     # The same command again retries the one, and leaves the others alone.
     mended.touch()

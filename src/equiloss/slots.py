@@ -80,7 +80,7 @@ def share(directory: Path, config: TrainerConfig, parallel: int) -> Iterator[dic
         return
     devices = ranks.world_size(config)
     everywhere = cores()
-    each = (config.threads or 0) * devices or max(len(everywhere) // parallel, devices)
+    each = (config.cpu_threads or 0) * devices or max(len(everywhere) // parallel, devices)
     gpus = _gpus() if config.accelerator != "cpu" else []
     if gpus and devices > len(gpus):
         raise ConfigError(f"trainer.devices={devices}, and {len(gpus)} GPUs are visible")

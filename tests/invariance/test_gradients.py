@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from equiloss.invariance import gradients
+from equiloss.invariance import gradients, steps
 from equiloss.invariance.cells import CONTROL_AT_LEAST
 from equiloss.testing import run_ranks
 from support import slow
@@ -13,7 +13,7 @@ from support import slow
 
 @pytest.mark.parametrize(
     "world_size",
-    [pytest.param(size, marks=[slow] if size > 3 else []) for size in gradients.WORLD_SIZES],
+    [pytest.param(size, marks=[slow] if size > 3 else []) for size in steps.WORLD_SIZES],
 )
 def test_every_split_has_the_gradient_of_one_device(world_size: int) -> None:
     parts = gradients.measure((world_size,))
@@ -42,8 +42,8 @@ def test_the_matrix_fails_for_a_mean_of_local_means() -> None:
 
 
 def test_slices_and_micro_batches_are_what_the_table_says() -> None:
-    for world_size in gradients.WORLD_SIZES:
-        longest = -(-gradients.ROWS // world_size)
-        for micro_batches in gradients.MICRO_BATCHES:
+    for world_size in steps.WORLD_SIZES:
+        longest = -(-steps.ROWS // world_size)
+        for micro_batches in steps.MICRO_BATCHES:
             size = -(-longest // micro_batches)
             assert -(-longest // size) == micro_batches

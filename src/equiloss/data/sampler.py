@@ -20,7 +20,7 @@ class Slice(NamedTuple):
     """Pass over the split, from 0; it travels with the indices, so workers hold no state."""
     indices: Tensor
     """Positions within the split [lead + n] int64; n may be 0."""
-    batch: int = 0
+    number: int = 0
     """Number of the global batch in its epoch, from 0."""
     lead: int = 0
     """Whether the first position is only there to be mixed into the second: 0 or 1."""

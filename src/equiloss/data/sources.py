@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Batch(NamedTuple):
     """Rows of the global batch."""
 
 
-class Source(Dataset[Batch]):
+class Source(Dataset[Batch], ABC):
     """The samples of one split, read a slice at a time.
 
     Args:
@@ -50,15 +51,15 @@ class Source(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.targets)
 
+    @abstractmethod
     def read(self, part: Slice) -> Tensor:
         """The slice's images [n, C, H, W] uint8."""
-        raise NotImplementedError
 
     def __getitems__(self, part: Slice) -> Batch:
         # torch's loader calls this in place of __getitem__, with what the batch sampler yields.
         target = self.targets[part.indices]
         images, index = self.read(part), part.indices
-        return Batch(images, target, index, part.epoch, part.batch, part.lead, part.rows)
+        return Batch(images, target, index, part.epoch, part.number, part.lead, part.rows)
 
 
 class ArraySource(Source):

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from equiloss.invariance import gradients, trajectories
+from equiloss.invariance import gradients, steps, trajectories
 from equiloss.invariance.cells import Cell, Report
 
 # Okabe & Ito's colours, which the colour-blind can tell apart.
@@ -54,7 +54,7 @@ def _gradients(axes: Axes, report: Report) -> None:
     axes.set(
         yscale="log",
         ylim=(FLOOR / 2, 3),
-        xticks=gradients.WORLD_SIZES,
+        xticks=steps.WORLD_SIZES,
         xlabel="processes",
         ylabel="gradient of one step: relative error",
         title=f"One step in {len(_cells(report, 'float64'))} ways to split it",

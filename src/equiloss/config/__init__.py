@@ -1,0 +1,100 @@
+"""The typed configuration: one dataclass for each Hydra group, each field with meaning and unit.
+
+The classes are the schema that `conf/config.yaml` starts from, so a value of the wrong type is
+refused while Hydra composes; `__post_init__` refuses values that have the right type and make
+no sense. Defaults live here, and the files in `conf/` hold only what distinguishes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from equiloss.config.checks import open_dict, require
+from equiloss.config.data import AugmentConfig, DataConfig
+from equiloss.config.loggers import LoggerConfig, MlflowConfig, WandbConfig
+from equiloss.config.network import ModelConfig
+from equiloss.config.parity import ParityConfig
+from equiloss.config.trainer import PRECISIONS, REFUSED_TRAINER_ARGUMENTS, TrainerConfig
+from equiloss.config.training import (
+    SPLIT_METRICS,
+    CheckpointConfig,
+    EarlyStoppingConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+)
+from equiloss.errors import choose
+
+__all__ = [
+    "PRECISIONS",
+    "REFUSED_TRAINER_ARGUMENTS",
+    "SPLIT_METRICS",
+    "TASKS",
+    "AugmentConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EarlyStoppingConfig",
+    "LoggerConfig",
+    "MlflowConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParityConfig",
+    "SchedulerConfig",
+    "TrainerConfig",
+    "WandbConfig",
+    "open_dict",
+]
+
+TASKS = ("fit", "validate", "test")
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    loss: Any = MISSING
+    """Name and options of a registered loss; its keys come from the loss's own signature."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
+    task: str = "fit"
+    """fit | validate | test."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    ckpt_path: str | None = None
+    """Checkpoint to evaluate (task=validate or test)."""
+    resume: str = "auto"
+    """auto | never: continue the interrupted run that a directory holds, or refuse to touch it."""
+    in_use: str = "refuse"
+    """refuse | wait: what to do about a directory that another process is working on."""
+    test_weights: str = "best"
+    """best | last: the weights that are tested after a fit."""
+    objective: str = "val/nll"
+    """Metric that `train.py` returns to a sweeper."""
+    progress_bar: bool = True
+    """Show progress while the run goes on."""
+    model_summary: bool = True
+    """Print the network's layers and parameter counts."""
+
+    def __post_init__(self) -> None:
+        choose("task", self.task, TASKS)
+        choose("resume", self.resume, ("auto", "never"))
+        choose("in_use", self.in_use, ("refuse", "wait"))
+        choose("test_weights", self.test_weights, ("best", "last"))
+        names = [f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS]
+        choose("objective", self.objective, names)
+        require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), got {self.seed}")
+        require(
+            (self.ckpt_path is None) == (self.task == "fit"),
+            "ckpt_path names the checkpoint for task=validate and task=test, and only there: "
+            f"task={self.task} ckpt_path={self.ckpt_path}",
+        )

@@ -1,0 +1,89 @@
+"""How weights are changed, and which of them are kept: optimizer, schedule, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from equiloss.config.checks import open_dict, positive, require
+from equiloss.errors import choose
+
+SPLIT_METRICS = ("loss", "nll", "acc", "balanced_acc", "acc_top5", "ece")
+
+
+@dataclass
+class OptimizerConfig:
+    """An optimizer of torch.optim by name."""
+
+    name: str = "SGD"
+    """Class name in torch.optim."""
+    lr: float = 0.1
+    """Peak learning rate; schedulers scale it."""
+    weight_decay: float = 0.0
+    """Decay of weights; norms and biases (parameters with fewer than two axes) are exempt."""
+    gradient_clip_norm: float | None = None
+    """Clip the 2-norm of the synchronised gradient to this (null: off)."""
+    options: dict[str, Any] = field(default_factory=open_dict)
+    """Further keyword arguments of the optimizer, such as momentum."""
+
+    def __post_init__(self) -> None:
+        positive("optimizer.lr", self.lr)
+        require(
+            self.weight_decay >= 0, f"optimizer.weight_decay must be >= 0, got {self.weight_decay}"
+        )
+        positive("optimizer.gradient_clip_norm", self.gradient_clip_norm)
+
+
+@dataclass
+class SchedulerConfig:
+    """A learning-rate schedule, stepped once per optimizer step."""
+
+    name: str = "constant"
+    """cosine | one_cycle | constant | a class name in torch.optim.lr_scheduler."""
+    warmup_fraction: float = 0.0
+    """Part of the run's steps that warm up linearly, before cosine or constant."""
+    options: dict[str, Any] = field(default_factory=open_dict)
+    """Further keyword arguments of the torch scheduler."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.warmup_fraction < 1,
+            f"scheduler.warmup_fraction must lie in [0, 1), got {self.warmup_fraction}",
+        )
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept of the weights."""
+
+    monitor: str = "val/nll"
+    """Metric that chooses best.ckpt."""
+    mode: str = "min"
+    """min | max: whether a smaller or a larger `monitor` is better."""
+    every_n_steps: int | None = None
+    """Write last.ckpt every so many steps, besides each epoch's end (null: epochs only)."""
+
+    def __post_init__(self) -> None:
+        choose("checkpoint.monitor", self.monitor, [f"val/{name}" for name in SPLIT_METRICS])
+        choose("checkpoint.mode", self.mode, ("min", "max"))
+        positive("checkpoint.every_n_steps", self.every_n_steps)
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """Stop when validation no longer improves."""
+
+    enabled: bool = False
+    monitor: str = "val/nll"
+    """Metric to watch."""
+    mode: str = "min"
+    """min | max."""
+    patience: int = 5
+    """Validations without improvement before the run ends."""
+    min_delta: float = 0.0
+    """Smallest change that counts, in the metric's unit."""
+
+    def __post_init__(self) -> None:
+        choose("early_stopping.monitor", self.monitor, [f"val/{name}" for name in SPLIT_METRICS])
+        choose("early_stopping.mode", self.mode, ("min", "max"))
+        positive("early_stopping.patience", self.patience)

@@ -1,0 +1,68 @@
+"""What the gradients' matrix is held against: one device, and the usual mean of local means."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equiloss.data.sources import Batch
+from equiloss.invariance.steps import CLASSES, Case, Step, micro_batch_size, network, own_rows
+from equiloss.losses import reduction
+
+
+def _plain_loss(logits: Tensor, target: Tensor, case: Case) -> Tensor:
+    """PyTorch's own mean; 0 where it would be NaN."""
+    options = dict(case.options)
+    if "weight" in options:
+        options["weight"] = torch.tensor(options["weight"], dtype=logits.dtype)
+    loss = F.cross_entropy(logits, target, **options)
+    return loss if _mass(target, case) > 0 else logits.sum() * 0
+
+
+def _mass(target: Tensor, case: Case) -> float:
+    """The denominator of PyTorch's mean."""
+    if target.is_floating_point():
+        return len(target)
+    kept = target[target != -100]
+    weight = torch.tensor(case.options.get("weight", [1.0] * CLASSES), dtype=torch.float64)
+    return float(weight[kept].sum())
+
+
+def _gradient(loss: Tensor, model: nn.Module) -> Tensor:
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def reference(batch: Batch, case: Case) -> Tensor:
+    """One device, one batch, no code of ours."""
+    model = network(batch.images.dtype)
+    return _gradient(_plain_loss(model(batch.images), batch.target, case), model)
+
+
+def _local_parts(batch: Batch, step: Step) -> list[list[tuple[Tensor, Tensor]]]:
+    """Images and targets of each micro-batch of each rank."""
+    size = micro_batch_size(len(batch.target), step)
+    found = []
+    for rank in range(reduction.world_size()):
+        rows = own_rows(len(batch.target), rank)
+        images, target = batch.images[rows], batch.target[rows]
+        parts = zip(torch.split(images, size), torch.split(target, size), strict=True)
+        found.append(list(parts))
+    return found
+
+
+def local_masses(batch: Batch, case: Case, step: Step) -> list[float]:
+    """The denominator of each micro-batch's own mean."""
+    return [_mass(target, case) for parts in _local_parts(batch, step) for _, target in parts]
+
+
+def local_means(batch: Batch, case: Case, step: Step) -> Tensor:
+    """The control: the mean over ranks, of the mean over micro-batches, of each one's mean."""
+    model = network(batch.images.dtype)
+    ranks = _local_parts(batch, step)
+    total = torch.zeros((), dtype=batch.images.dtype)
+    for parts in ranks:
+        for images, target in parts:
+            total = total + _plain_loss(model(images), target, case) / len(parts) / len(ranks)
+    return _gradient(total, model)
