@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import tomllib
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,13 @@ from support import PYTHONPATH, QUIET, ROOT, TESTS, Install, Run, Train, compose
 
 # A distribution of its own, with modules that cannot be imported.
 collect_ignore = ["plugin"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ranks_are_forked_from_a_process_that_has_imported_everything() -> None:
+    """Importing Lightning takes seconds, and hundreds of ranks would do so one by one."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["equiloss.run"])
+    forkserver.ensure_running()
 
 
 @pytest.fixture

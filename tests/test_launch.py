@@ -112,6 +112,7 @@ def test_the_traceback_is_there_for_who_asks(train: Train) -> None:
     assert "Traceback" in done.stderr
 
 
+@slow  # of a claim in this process: tests/test_claim.py
 def test_a_directory_that_holds_a_run_is_left_alone(train: Train, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     assert train(*FAST, f"hydra.run.dir={directory}").returncode == 0
@@ -128,6 +129,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(train: Train, tmp_path: Path
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
+@slow  # of a claim in this process: tests/test_claim.py
 def test_a_run_that_failed_before_it_began_may_be_repeated(train: Train, tmp_path: Path) -> None:
     directory = f"hydra.run.dir={tmp_path}/run"
     assert train(*FAST, directory, "loss.weight=[1]").returncode == 1

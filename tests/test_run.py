@@ -16,7 +16,9 @@ from equiloss.losses import Criterion
 from equiloss.models import ModelError
 from equiloss.results import TRAIN_METRICS, Result, metric_names, read_metrics
 from equiloss.run import run
-from support import Run, Train, composed, final_weights
+from equiloss.testing import run_ranks
+from rank_functions import warnings_in_rank
+from support import Run, composed, final_weights, slow
 
 FORMULATIONS = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -33,9 +35,11 @@ def test_the_default_run_reads_the_digits(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
 )
-def test_an_epoch_of_the_real_fashion_mnist(tmp_path: Path) -> None:
+@pytest.mark.parametrize("widths", ["[16,32]", pytest.param("[32,64]", marks=slow)])
+def test_an_epoch_of_the_real_fashion_mnist(widths: str, tmp_path: Path) -> None:
     config = composed(
         "data=fashion_mnist",
+        f"model.options.widths={widths}",
         "trainer.max_epochs=1",
         "callbacks=quiet",
         "parity.every_n_steps=100",
@@ -92,7 +96,8 @@ def test_fused_and_log_softmax_train_to_the_same_bits(tmp_path: Path) -> None:
     weights = {}
     for loss in FORMULATIONS:
         (tmp_path / loss).mkdir()
-        run(composed(f"loss={loss}", "callbacks=quiet", "logger=csv"), tmp_path / loss)
+        options = ("callbacks=quiet", "logger=csv", "trainer.max_epochs=5")
+        run(composed(f"loss={loss}", *options), tmp_path / loss)
         weights[loss] = final_weights(tmp_path / loss)
     for name, weight in weights["cross_entropy"].items():
         assert torch.equal(weight, weights["log_softmax_nll"][name])
@@ -276,17 +281,16 @@ def test_batch_norm_is_warned_about_where_it_depends_on_the_split(
     assert "normalises over the batch" in caplog.text
 
 
-def test_batch_norm_is_warned_about_on_cpu_ranks(train: Train, tmp_path: Path) -> None:
-    done = train(
+def test_batch_norm_is_warned_about_on_cpu_ranks(tmp_path: Path) -> None:
+    config = composed(
         "model=custom",
         "model.target=stand_ins:batch_norm",
         "trainer=ddp_cpu",
         "trainer.max_steps=1",
         "callbacks=quiet",
-        f"hydra.run.dir={tmp_path}/run",
     )
-    assert done.returncode == 0, done.stderr
-    assert "SyncBatchNorm exists for GPUs only" in done.stderr
+    for warnings in run_ranks(warnings_in_rank, 2, config, tmp_path):
+        assert "SyncBatchNorm exists for GPUs only" in warnings
 
 
 @pytest.mark.parametrize(

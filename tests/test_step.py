@@ -1,4 +1,4 @@
-"""The same numbers on any number of processes, as real runs of `train.py` show them."""
+"""The same numbers on any number of processes, in whole runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from equiloss.classifier import Classifier
 from equiloss.errors import NonFiniteError
 from equiloss.results import Result, read_metrics
 from equiloss.run import run
+from equiloss.testing import run_ranks
+from rank_functions import run_in_rank
 from support import Run, Train, composed, final_weights
 
 # 100 float64 steps over the digits, whose 1,150 rows leave no short batch of 50; the fourth
@@ -59,25 +61,22 @@ def test_every_step_is_that_of_one_process(one_process: Path, train: Train, tmp_
     assert weight_difference(final_weights(several), final_weights(one_process)) < 1e-10
 
 
-def test_control_a_mean_of_local_means_is_another_number(
-    one_process: Path, train: Train, tmp_path: Path
-) -> None:
+def test_control_a_mean_of_local_means_is_another_number(one_process: Path, tmp_path: Path) -> None:
     several = tmp_path / "several"
-    done = train(
+    config = composed(
         *(option for option in OPTIONS if "model" not in option),
         "trainer=ddp_cpu",
         "model=custom",
         "model.target=stand_ins:with_local_means",
-        f"hydra.run.dir={several}",
     )
-    assert done.returncode == 0, done.stderr
+    run_ranks(run_in_rank, 2, config, several)
     losses = [read_metrics(place, "train/loss") for place in (several, one_process)]
     assert relative_difference(*losses) > 1e-3
     assert weight_difference(final_weights(several), final_weights(one_process)) > 1e-3
 
 
-def test_more_processes_than_samples(train: Train, tmp_path: Path) -> None:
-    done = train(
+def test_more_processes_than_samples(tmp_path: Path) -> None:
+    config = composed(
         "trainer=ddp_cpu",
         "trainer.devices=3",
         "data=custom",
@@ -86,10 +85,10 @@ def test_more_processes_than_samples(train: Train, tmp_path: Path) -> None:
         "trainer.max_epochs=2",
         "trainer.micro_batch_size=1",
         "callbacks=quiet",
-        f"hydra.run.dir={tmp_path}/run",
     )
-    assert done.returncode == 0, done.stderr
+    run_ranks(run_in_rank, 3, config, tmp_path / "run")
     result = Result.read(tmp_path / "run")
+    assert result.world_size == 3
     assert result.samples == {"train_seen": 4, "val": 2, "test": 1}
     assert result.parity["agree"]
 

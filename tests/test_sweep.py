@@ -445,10 +445,10 @@ def test_a_sweep_that_is_killed_goes_on(kills: tuple[int, ...], tmp_path: Path) 
 
 def test_a_second_process_on_a_sweep_is_refused_or_waits(tmp_path: Path) -> None:
     # Long enough for the others to come while it is at work.
-    first = started(tmp_path / "sweep", "trainer.max_steps=50")
+    first = started(tmp_path / "sweep", "trainer.max_steps=30")
     wait_for_rows(tmp_path / "sweep", 2)
-    second = started(tmp_path / "sweep", "trainer.max_steps=50")
-    waiting = started(tmp_path / "sweep", "trainer.max_steps=50", "in_use=wait")
+    second = started(tmp_path / "sweep", "trainer.max_steps=30")
+    waiting = started(tmp_path / "sweep", "trainer.max_steps=30", "in_use=wait")
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 1
     assert f"error: {tmp_path}/sweep is in use by process {first.pid} on" in output

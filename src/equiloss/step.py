@@ -27,7 +27,7 @@ from equiloss.losses.projection import Projection
 
 if TYPE_CHECKING:
     from equiloss.classifier import Classifier
-    from equiloss.data.datasets import Batch
+    from equiloss.data.sources import Batch
 
 
 class StepOutcome(NamedTuple):
