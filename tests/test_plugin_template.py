@@ -57,7 +57,7 @@ def test_it_is_listed_with_its_distribution(site: Path, tmp_path: Path) -> None:
 FAST = ("debug=fast", "callbacks=quiet", "logger=csv")
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(1, marks=slow)])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=slow)])
 def test_it_trains(devices: int, site: Path, tmp_path: Path) -> None:
     trainer = ("trainer=ddp_cpu", f"trainer.devices={devices}", "hydra.run.dir=run")
     loss = (f"loss={NAME}", "loss.order=3")

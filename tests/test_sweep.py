@@ -322,6 +322,7 @@ def srun(*arguments: str, cwd: Path, differ: bool = False) -> list[tuple[int, st
     return [(task.returncode, output) for task, output in zip(tasks, outputs, strict=True)]
 
 
+@slow  # torchrun's are ranks from outside too
 def test_srun_starts_the_ranks(tmp_path: Path) -> None:
     ended = srun(*FAST, cwd=tmp_path)
     assert [code for code, _ in ended] == [0, 0], ended

@@ -1,50 +1,18 @@
-"""What a person sees of a run: progress while it goes on, a table at its end."""
+"""What a person sees of a run at its end: its metrics, the verdict on parity, where everything is.
+
+Without Lightning, which takes seconds to import: a process that supervises ranks shows results too.
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
 from equiloss.config import SPLIT_METRICS
 from equiloss.results import Result
-
-if TYPE_CHECKING:
-    from equiloss.classifier import Classifier
-
-SHOWN = ("train/loss", "val/loss", "val/acc")
-
-
-def is_live() -> bool:
-    """Whether a bar that redraws itself has a terminal to do so."""
-    return sys.stdout.isatty()
-
-
-class LiveProgress(RichProgressBar):
-    """Lightning's bar with the newest loss and accuracy."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: Classifier) -> dict[str, Any]:  # type: ignore[override]
-        """The newest values, without Lightning's version number."""
-        return {name: f"{value:.4f}" for name, value in _shown(pl_module)}
-
-
-class EpochLines(Callback):
-    """One line for each epoch, for logs and pipes."""
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
-        """Print the newest values."""
-        if trainer.is_global_zero:
-            values = "  ".join(f"{name} {value:.4f}" for name, value in _shown(pl_module))
-            print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
-
-
-def _shown(classifier: Classifier) -> list[tuple[str, float]]:
-    return [(name, classifier.scalars[name]) for name in SHOWN if name in classifier.scalars]
 
 
 def show(result: Result, run_dir: Path) -> None:

@@ -29,6 +29,7 @@ from equiloss.results import Result, metric_names
 from equiloss.tensorboard import RunTensorBoard
 from equiloss.trackers import tracked
 from equiloss.trainer import (
+    check_arguments,
     make_trainer,
     quieten_lightning,
     warn_of_batch_statistics,
@@ -60,6 +61,7 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
     run_dir.mkdir(parents=True, exist_ok=True)
     quieten_lightning()
     config = resolved.config
+    check_arguments(config.trainer.arguments)
     rng.seed_everything(config.seed)
     splits = datasets.load(config.data)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from equiloss import console, external, ranks
+from equiloss import external, live, ranks
 from equiloss.checkpoint import AtomicCheckpointIO, Checkpoints
 from equiloss.config import Config
 from equiloss.data.datasets import Splits
@@ -42,6 +42,18 @@ def quieten_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def check_arguments(arguments: Iterable[str]) -> None:
+    """Refuse arguments that Lightning's Trainer does not have.
+
+    Raises:
+        ConfigError: naming the first of them, and what is like it.
+    """
+    known = inspect.signature(Trainer).parameters
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(unknown("argument of Lightning's Trainer", name, known))
+
+
 def make_trainer(
     config: Config,
     run_dir: Path,
@@ -64,9 +76,6 @@ def make_trainer(
         loggers: Get every scalar.
         more_callbacks: Come first.
         batch_statistics: Whether the network normalises over its batch.
-
-    Raises:
-        ConfigError: for an argument that Lightning's Trainer does not have.
     """
     callbacks = list(more_callbacks)
     if config.logger.tensorboard:
@@ -82,16 +91,12 @@ def make_trainer(
                 stop.monitor, mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta
             )
         )
-    live = config.progress_bar and console.is_live()
+    bar = config.progress_bar and live.is_live()
     if config.progress_bar:
-        callbacks.append(console.LiveProgress() if live else console.EpochLines())
+        callbacks.append(live.LiveProgress() if bar else live.EpochLines())
     if config.model_summary:
         callbacks.append(RichModelSummary())
 
-    known = inspect.signature(Trainer).parameters
-    for name in config.trainer.arguments:
-        if name not in known:
-            raise ConfigError(unknown("argument of Lightning's Trainer", name, known))
     plugins: list[Any] = [AtomicCheckpointIO()]
     group = external.found()
     if ranks.is_child() or group is not None:
@@ -117,7 +122,7 @@ def make_trainer(
         logger=list(loggers),
         callbacks=callbacks,
         plugins=plugins,
-        enable_progress_bar=live,
+        enable_progress_bar=bar,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
