@@ -1,4 +1,6 @@
-"""What trainer.reduction=bitwise costs: `python benchmarks/bitwise.py` prints the table of docs.
+"""What trainer.reduction=bitwise costs: prints the table of docs/bitwise.md.
+
+    python benchmarks/bitwise.py
 
 Step times of both reductions, in turn in the same processes, on 1 and 2 processes with one thread
 each; the median of several runs, and their ratio. Machines are noisy, ratios less so. The digits
@@ -20,10 +22,12 @@ STEPS, BATCH, REPEATS = 40, 128, 5
 
 
 class Case(NamedTuple):
-    """A network and what it looks at."""
+    """A network, what it looks at, and how its batches are cut."""
 
     widths: list[int]
+    """Channels of the network's stages."""
     image_size: int
+    """Height and width, in pixels."""
     shards: int = 8
 
 
@@ -66,13 +70,10 @@ def main() -> None:
             for ranks in (1, 2):
                 found = run_ranks(measure, ranks, Path(place) / f"{number}-{ranks}", case)[0]
                 ratio = found["bitwise"] / found["sum"]
-                size, widths = (
-                    f"{case.image_size}×{case.image_size}",
-                    "-".join(map(str, case.widths)),
-                )
+                widths = "-".join(map(str, case.widths))
                 print(
-                    f"| {size} | {widths} | {case.shards} | {ranks} | {found['sum']:.1f} "
-                    f"| {found['bitwise']:.1f} | {ratio:.2f} |",
+                    f"| {case.image_size}×{case.image_size} | {widths} | {case.shards} | {ranks} "
+                    f"| {found['sum']:.1f} | {found['bitwise']:.1f} | {ratio:.2f} |",
                     flush=True,
                 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -144,16 +143,6 @@ def run_in_rank(config: ResolvedConfig, directory: Path) -> None:
 
     in_rank()
     run(config, directory)
-
-
-def warnings_in_rank(config: ResolvedConfig, directory: Path) -> str:
-    """What a whole run on every rank warns of, in one line."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("equiloss").addHandler(handler)
-    run_in_rank(config, directory)
-    return "; ".join(said)
 
 
 def train_mixed(directory: Path) -> None:

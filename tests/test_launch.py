@@ -247,6 +247,21 @@ def test_a_job_whose_rank_dies_fails_alone_and_is_retried(
     assert not (tmp_path / "sweep" / "1" / "error.txt").exists()
 
 
+def test_a_failed_rank_ends_its_job_within_seconds(train: Train, tmp_path: Path) -> None:
+    done = train(
+        *CUSTOM,
+        "model.target=stand_ins:killed",
+        "model.options={rank: 1}",
+        "trainer.devices=2",
+        f"hydra.run.dir={tmp_path}/run",
+    )
+    reported = (tmp_path / "run" / "results.json").stat().st_mtime
+    last_step = (tmp_path / "run" / "metrics.csv").stat().st_mtime
+    assert done.returncode == 1
+    # A process group would wait for its 30 minutes. Half a second of grace, and the writing.
+    assert reported - last_step < 15
+
+
 @slow  # in the suite: a failing job after a group of 1, and sweeps of groups of 2
 def test_a_multirun_over_devices_has_real_groups_of_each_size(train: Train, tmp_path: Path) -> None:
     done = train(

@@ -16,9 +16,7 @@ from equiloss.losses import Criterion
 from equiloss.models import ModelError
 from equiloss.results import TRAIN_METRICS, Result, metric_names, read_metrics
 from equiloss.run import run
-from equiloss.testing import run_ranks
-from rank_functions import warnings_in_rank
-from support import Run, composed, final_weights, slow
+from support import Run, Train, composed, final_weights, slow
 
 FORMULATIONS = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -91,12 +89,13 @@ def test_metrics_csv_has_every_step(run_here: Run, tmp_path: Path) -> None:
         assert read_metrics(tmp_path / "run", name), f"{name} was never logged"
 
 
-def test_fused_and_log_softmax_train_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [5, pytest.param(15, marks=slow)])
+def test_fused_and_log_softmax_train_to_the_same_bits(epochs: int, tmp_path: Path) -> None:
     """They are the same ATen calls, so float32 on one process cannot tell them apart."""
     weights = {}
     for loss in FORMULATIONS:
         (tmp_path / loss).mkdir()
-        options = ("callbacks=quiet", "logger=csv", "trainer.max_epochs=5")
+        options = ("callbacks=quiet", "logger=csv", f"trainer.max_epochs={epochs}")
         run(composed(f"loss={loss}", *options), tmp_path / loss)
         weights[loss] = final_weights(tmp_path / loss)
     for name, weight in weights["cross_entropy"].items():
@@ -281,16 +280,17 @@ def test_batch_norm_is_warned_about_where_it_depends_on_the_split(
     assert "normalises over the batch" in caplog.text
 
 
-def test_batch_norm_is_warned_about_on_cpu_ranks(tmp_path: Path) -> None:
-    config = composed(
+def test_batch_norm_is_warned_about_on_cpu_ranks(train: Train, tmp_path: Path) -> None:
+    done = train(
         "model=custom",
         "model.target=stand_ins:batch_norm",
         "trainer=ddp_cpu",
         "trainer.max_steps=1",
         "callbacks=quiet",
+        f"hydra.run.dir={tmp_path}/run",
     )
-    for warnings in run_ranks(warnings_in_rank, 2, config, tmp_path):
-        assert "SyncBatchNorm exists for GPUs only" in warnings
+    assert done.returncode == 0, done.stderr
+    assert "SyncBatchNorm exists for GPUs only" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,9 @@ def quieten_lightning() -> None:
 def check_arguments(arguments: Iterable[str]) -> None:
     """Refuse arguments that Lightning's Trainer does not have.
 
+    Args:
+        arguments: Names, as in `+trainer.<argument>`.
+
     Raises:
         ConfigError: naming the first of them, and what is like it.
     """
