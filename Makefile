@@ -29,11 +29,11 @@ test-slow: $(VENV)/dev.stamp
 ray:
 	$(PYTHON) -m venv $(VENV)-ray
 	$(VENV)-ray/bin/python -m pip install --quiet --editable '.[ray]' pytest
-	OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest -m ray tests/test_ray.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest -m ray tests/launching/test_ray.py $(ARGS)
 
 loggers: $(VENV)/dev.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[dev,wandb,mlflow]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m loggers tests/test_trackers.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m loggers tests/records/test_trackers.py $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -3,7 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
-from equiloss import command, launch, resolved
+from equiloss.config import resolved
+from equiloss.launching import command, launch
 from equiloss.losses import config_source
 
 resolved.register_schema()

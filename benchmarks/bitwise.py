@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from equiloss.invariance.here import train
-from equiloss.results import Result
-from equiloss.testing import run_ranks
+from equiloss.distributed.process_groups import run_ranks
+from equiloss.invariance.rank_runs import train
+from equiloss.records.results import Result
 
 STEPS, BATCH, REPEATS = 40, 128, 5
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from equiloss.results import Result
+from equiloss.records.results import Result
 from support import PYTHONPATH, QUIET, ROOT, TESTS, Install, Run, Train, composed
 
 # A distribution of its own, with modules that cannot be imported.

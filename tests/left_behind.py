@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from equiloss.results import EVALUATION, METRICS, Result
+from equiloss.records.results import Result
+from equiloss.records.run_dir import EVALUATION, METRICS
 
 # Options that not every loss has.
 OWN: dict[str, dict[str, Any]] = {"cross_entropy": {"z_loss": 0.0}, "focal": {"gamma": 2.0}}

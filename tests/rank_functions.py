@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from equiloss.config.resolved import ResolvedConfig
+from equiloss.distributed import collectives
 from equiloss.losses import Criterion, reduction
-from equiloss.resolved import ResolvedConfig
 
 
 def rank() -> int:
@@ -23,13 +24,13 @@ def rank() -> int:
 def sums() -> dict[str, Any]:
     """Reductions of values that differ on each rank r: [r + 1, -r]."""
     own = torch.tensor([rank() + 1.0, -rank()], dtype=torch.float64)
-    pending = reduction.start_sum(own)
+    pending = collectives.start_sum(own)
     summed = pending.wait().tolist()
     return {
-        "world_size": reduction.world_size(),
+        "world_size": collectives.world_size(),
         "start_sum": summed,
-        "sum": reduction.sum_over_ranks(own).tolist(),
-        "max": reduction.max_over_ranks(own).tolist(),
+        "sum": collectives.sum_over_ranks(own).tolist(),
+        "max": collectives.max_over_ranks(own).tolist(),
         "own": own.tolist(),
         "pending": pending.work is not None,
     }
@@ -37,8 +38,8 @@ def sums() -> dict[str, Any]:
 
 def two_sums_at_once() -> list[float]:
     """Two sums under way together, waited for in the other order."""
-    first = reduction.start_sum(torch.tensor(1.0 + rank()))
-    second = reduction.start_sum(torch.tensor(10.0 * (1 + rank())))
+    first = collectives.start_sum(torch.tensor(1.0 + rank()))
+    second = collectives.start_sum(torch.tensor(10.0 * (1 + rank())))
     return [second.wait().item(), first.wait().item()]
 
 
@@ -47,7 +48,7 @@ def gathered(counts: list[int]) -> tuple[list[list[float]], list[int]]:
     own = counts[rank()]
     rows = (rank() + torch.arange(own) / 100).unsqueeze(-1).expand(own, 2)
     classes = torch.full((own,), rank())
-    return reduction.gather_rows(rows).tolist(), reduction.gather_rows(classes).tolist()
+    return collectives.gather_rows(rows).tolist(), collectives.gather_rows(classes).tolist()
 
 
 def data_parallel_gradients(
@@ -69,11 +70,11 @@ def data_parallel_gradients(
     def averaged(loss: Callable[[Tensor], Tensor]) -> list[list[float]]:
         network = weights.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(network), network)
-        mean: Tensor = reduction.sum_over_ranks(gradient) / reduction.world_size()
+        mean: Tensor = collectives.sum_over_ranks(gradient) / collectives.world_size()
         return mean.tolist()
 
     def by_rank_loss(network: Tensor) -> Tensor:
-        mass = reduction.sum_over_ranks(criterion.mass(target, torch.float64))
+        mass = collectives.sum_over_ranks(criterion.mass(target, torch.float64))
         parts = zip(images.split(micro_batch_size), target.split(micro_batch_size), strict=True)
         return sum(reduction.rank_loss(criterion(x @ network, y).total, mass) for x, y in parts)
 
@@ -98,7 +99,7 @@ def evaluated(
 ) -> dict[str, Any]:
     """Figures of an evaluation whose rows are spread over the ranks by `counts`."""
     # Imported here: torchmetrics takes seconds, and the other ranks' functions do without it.
-    from equiloss.metrics import EvaluationMetric
+    from equiloss.training.metrics import EvaluationMetric
 
     own = _slice(counts)
     criterion = Criterion("cross_entropy", **options)
@@ -118,13 +119,13 @@ def one_rank_raises(culprit: int) -> float:
     """The other ranks wait in a collective for the culprit."""
     if rank() == culprit:
         raise LookupError(f"this is rank {culprit}'s own mistake")
-    return reduction.sum_over_ranks(torch.ones(())).item()
+    return collectives.sum_over_ranks(torch.ones(())).item()
 
 
 def one_rank_dies(culprit: int) -> float:
     if rank() == culprit:
         os.kill(os.getpid(), signal.SIGKILL)
-    return reduction.sum_over_ranks(torch.ones(())).item()
+    return collectives.sum_over_ranks(torch.ones(())).item()
 
 
 def cells_with_local_means(dtype: torch.dtype) -> list[Any]:
@@ -138,7 +139,7 @@ def cells_with_local_means(dtype: torch.dtype) -> list[Any]:
 
 def run_in_rank(config: ResolvedConfig, directory: Path) -> None:
     """A whole run on every rank."""
-    from equiloss.invariance.here import in_rank
+    from equiloss.invariance.rank_runs import in_rank
     from equiloss.run import run
 
     in_rank()
@@ -147,7 +148,7 @@ def run_in_rank(config: ResolvedConfig, directory: Path) -> None:
 
 def train_mixed(directory: Path) -> None:
     """Fifteen steps with MixUp and CutMix on every rank."""
-    from equiloss.invariance.here import Recorder, train
+    from equiloss.invariance.rank_runs import Recorder, train
 
     directory.mkdir(parents=True, exist_ok=True)
     train(
@@ -160,7 +161,7 @@ def train_mixed(directory: Path) -> None:
 
 def train_bitwise(directory: Path, optimizer: str, steps: int, *changes: dict[str, Any]) -> None:
     """Float32 steps on every rank; an epoch has 25."""
-    from equiloss.invariance.here import DEFAULTS, train
+    from equiloss.invariance.rank_runs import DEFAULTS, train
 
     if optimizer == "AdamW":
         DEFAULTS["optimizer"] = {"name": "AdamW", "lr": 0.003, "weight_decay": 0.01}
@@ -168,7 +169,7 @@ def train_bitwise(directory: Path, optimizer: str, steps: int, *changes: dict[st
 
 
 def train_with_unequal_threads(directory: Path, *changes: dict[str, Any]) -> None:
-    from equiloss.invariance.here import train
+    from equiloss.invariance.rank_runs import train
 
     torch.set_num_threads(1 + rank())
     train(directory, *changes)
@@ -177,8 +178,8 @@ def train_with_unequal_threads(directory: Path, *changes: dict[str, Any]) -> Non
 def train_bitwise_until(directory: Path, kill_in: int | None) -> None:
     """Three short epochs on every rank, killed in one of their 27 steps or not at all."""
     from equiloss.invariance.controls import KillInStep
-    from equiloss.invariance.here import train
     from equiloss.invariance.interruption import OPTIONS
+    from equiloss.invariance.rank_runs import train
 
     exact = {"trainer": {"precision": "32-true", "reduction": "bitwise"}}
     kills = [] if kill_in is None else [KillInStep(kill_in)]
@@ -187,7 +188,7 @@ def train_bitwise_until(directory: Path, kill_in: int | None) -> None:
 
 def train_fashion_mnist(directory: Path, reduction: str) -> None:
     """An epoch of the real Fashion-MNIST on every rank."""
-    from equiloss.invariance.here import train
+    from equiloss.invariance.rank_runs import train
 
     train(
         directory,
@@ -198,7 +199,7 @@ def train_fashion_mnist(directory: Path, reduction: str) -> None:
 
 def train_noisy(directory: Path) -> None:
     """Ten steps of a network that draws from every generator, on every rank."""
-    from equiloss.invariance.here import DEFAULTS, train
+    from equiloss.invariance.rank_runs import DEFAULTS, train
 
     DEFAULTS["model"] = {"name": "custom", "target": "stand_ins:noisy"}
     exact = {"precision": "32-true", "reduction": "bitwise", "max_steps": 10}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiloss.models import ConvNet
+from equiloss.models.networks import ConvNet
 
 
 class Scaled(nn.Module):
@@ -218,9 +218,10 @@ def with_local_means(num_classes: int, in_channels: int) -> nn.Module:
     The control of the invariance tests: every rank divides by the mass of its own slice, and
     data-parallel training averages the ranks.
     """
+    from equiloss.distributed import collectives
     from equiloss.losses import reduction
 
-    reduction.start_sum = lambda value: reduction.PendingSum(value.detach().clone(), None)
+    collectives.start_sum = lambda value: collectives.PendingSum(value.detach().clone(), None)
     reduction.rank_loss = reduction.mean
     return ConvNet(num_classes, in_channels, widths=(8, 16))
 

@@ -13,10 +13,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
-from equiloss import resolved
+from equiloss.config import resolved
+from equiloss.config.resolved import ResolvedConfig, resolve
 from equiloss.losses import config_source
-from equiloss.resolved import ResolvedConfig, resolve
-from equiloss.results import Result
+from equiloss.records.results import Result
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"

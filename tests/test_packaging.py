@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from equiloss.results import Result
+from equiloss.records.results import Result
 from support import ROOT
 
 

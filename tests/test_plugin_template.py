@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from equiloss.conformance.laws import LAWS
-from equiloss.results import Result
+from equiloss.records.results import Result
 from support import PYTHONPATH, ROOT, slow
 
 TEMPLATE = ROOT / "examples" / "plugin"

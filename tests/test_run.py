@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from equiloss.checkpoint import CheckpointError
 from equiloss.config import SPLIT_METRICS
-from equiloss.errors import DataError, LossError
+from equiloss.errors import CheckpointError, DataError, LossError, ModelError
 from equiloss.losses import Criterion
-from equiloss.models import ModelError
-from equiloss.results import TRAIN_METRICS, Result, metric_names, read_metrics
+from equiloss.records.results import TRAIN_METRICS, Result, metric_names, read_metrics
 from equiloss.run import run
 from support import Run, Train, composed, final_weights, slow
 
@@ -318,7 +316,7 @@ def test_batch_norm_is_synchronised_on_several_gpus(
     def ask(**arguments: object) -> None:
         raise AskedError(arguments["sync_batchnorm"])
 
-    monkeypatch.setattr("equiloss.trainer.Trainer", ask)
+    monkeypatch.setattr("equiloss.training.trainer.Trainer", ask)
     config = composed(
         "model=torchvision",
         f"model.name={model}",
@@ -393,8 +391,8 @@ def test_what_the_metrics_were_made_from_is_kept(run_here: Run, tmp_path: Path) 
 
 def test_a_group_of_another_size_is_noticed(run_here, monkeypatch) -> None:
     """Ranks that train alone, each believing to be one of several, would log as if together."""
-    from equiloss.losses import reduction
+    from equiloss.distributed import collectives
 
-    monkeypatch.setattr(reduction, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="the process group has 2 ranks, Lightning counts 1"):
         run_here("debug=fast", "parity=off", "logger=csv")

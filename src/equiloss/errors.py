@@ -25,6 +25,14 @@ class LossError(UserError):
     """A loss that is unknown, misused or broken."""
 
 
+class ModelError(UserError):
+    """A network that is unknown, or does not fit the data."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+
 class NonFiniteError(UserError):
     """Training met a loss or a gradient that is not finite."""
 

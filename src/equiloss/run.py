@@ -11,30 +11,30 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 
-from equiloss import checkpoint, models, optim, results, rng
-from equiloss.checkpoint import AtomicCheckpointIO, Checkpoints
-from equiloss.classifier import Classifier
+from equiloss import randomness
 from equiloss.config import Config
+from equiloss.config.resolved import ResolvedConfig
 from equiloss.data import datasets
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import Splits
-from equiloss.dropout import RowKeys, draws_by_batch
+from equiloss.distributed import collectives
 from equiloss.errors import ConfigError
-from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
-from equiloss.metrics_csv import MetricsCsv
-from equiloss.parity import ParityMonitor
-from equiloss.resolved import ResolvedConfig
-from equiloss.results import Result, metric_names
-from equiloss.tensorboard import RunTensorBoard
-from equiloss.trackers import tracked
-from equiloss.trainer import (
-    check_arguments,
-    make_trainer,
-    quieten_lightning,
-    warn_of_batch_statistics,
-    warn_of_draws,
-)
+from equiloss.models import build
+from equiloss.models.dropout import RowKeys
+from equiloss.parity.monitor import ParityMonitor
+from equiloss.preflight import network
+from equiloss.preflight.arguments import check_arguments
+from equiloss.preflight.network import draws_by_batch, warn_of_batch_statistics, warn_of_draws
+from equiloss.records import results
+from equiloss.records.metrics_csv import MetricsCsv
+from equiloss.records.results import Result, metric_names
+from equiloss.records.tensorboard import RunTensorBoard
+from equiloss.records.trackers import tracked
+from equiloss.training import checkpoint, optim
+from equiloss.training.checkpoint import AtomicCheckpointIO, Checkpoints
+from equiloss.training.classifier import Classifier
+from equiloss.training.trainer import make_trainer, quieten_lightning
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
     quieten_lightning()
     config = resolved.config
     check_arguments(config.trainer.arguments)
-    rng.seed_everything(config.seed)
+    randomness.seed_everything(config.seed)
     splits = datasets.load(config.data)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
     criterion.check_classes(splits.num_classes)
@@ -72,14 +72,16 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
             f"{criterion.name!r} takes classes: use one with soft targets, such as cross_entropy"
         )
     rows = RowKeys(config.seed)
-    model = models.build(
+    model = build.build(
         config.model,
         num_classes=splits.num_classes,
         image_shape=splits.image_shape,
         rows=rows,
     )
+    network.check_head(config.model.name, model, splits.num_classes, splits.image_shape)
+    model = build.lay_out(config.model, model)
     if criterion.signature.wants_features:
-        models.expose_head(
+        build.expose_head(
             config.model.name, model, splits.num_classes, compiled=config.model.compile
         )
     # Lightning would convert after it has loaded a checkpoint, and round float64 on the way.
@@ -109,7 +111,7 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
         metrics_csv,
         *_boards(resolved, run_dir, continued),
     ]
-    batch_statistics = models.has_batch_statistics(model)
+    batch_statistics = network.has_batch_statistics(model)
     if batch_statistics and config.trainer.reduction == "bitwise":
         raise ConfigError(
             f"trainer.reduction=bitwise: model {config.model.name!r} normalises over the batch, "
@@ -156,7 +158,7 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
             "skipped": classifier.skipped_steps,
             "zero_mass": classifier.zero_mass_steps,
         },
-        world_size=reduction.world_size(),
+        world_size=collectives.world_size(),
         segments=classifier.segments,
         timing={
             "startup_s": max(classifier.training_began - started, 0.0),
@@ -168,7 +170,11 @@ def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback
         environment=results.environment(trainer.strategy.root_device, shards),
     )
     if trainer.is_global_zero:
-        results.write_evaluations(run_dir, classifier.evaluated, splits.class_names)
+        evaluated = {
+            split: found.as_dict(matrix=splits.num_classes <= 100)
+            for split, found in classifier.evaluated.items()
+        }
+        results.write_evaluations(run_dir, evaluated, splits.class_names)
         result.write(run_dir)
     return result
 

@@ -10,7 +10,7 @@ import pytest
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
-from equiloss.cli import app
+from equiloss.cli.main import app
 from equiloss.conformance.laws import LAWS
 from equiloss.losses import registry
 

@@ -14,10 +14,10 @@ import rank_functions
 from equiloss.config import AugmentConfig
 from equiloss.data.mixing import Mix, draw, mix_images, mix_targets
 from equiloss.data.sampler import GlobalBatchSampler
+from equiloss.distributed.process_groups import run_ranks
 from equiloss.errors import ConfigError, DataError
-from equiloss.invariance.here import read_records
+from equiloss.invariance.rank_runs import read_records
 from equiloss.invariance.trajectories import weights_apart
-from equiloss.testing import run_ranks
 
 HEIGHT, WIDTH = 8, 6
 

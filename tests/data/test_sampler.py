@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equiloss.data.keyed import Stream, keyed_bits, keyed_uniform
 from equiloss.data.sampler import GlobalBatchSampler, Slice
+from equiloss.randomness import Stream, keyed_bits, keyed_uniform
 
 lengths = st.integers(1, 60)
 batch_sizes = st.integers(1, 25)

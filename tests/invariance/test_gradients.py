@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance import gradients, steps
 from equiloss.invariance.cells import CONTROL_AT_LEAST
-from equiloss.testing import run_ranks
 from support import slow
 
 

@@ -10,7 +10,7 @@ import pytest
 from equiloss.config import SPLIT_METRICS
 from equiloss.invariance import evaluation, interruption, order, trajectories
 from equiloss.invariance.evaluation import Figures
-from equiloss.results import METRICS
+from equiloss.records.run_dir import METRICS
 from support import slow
 
 
@@ -89,7 +89,7 @@ def test_each_kind_of_kill_is_among_the_points(kill: str) -> None:
 
 def test_configurations_of_the_proofs_are_the_projects_own() -> None:
     """conf/ is not in the package, so its choices are repeated there."""
-    from equiloss.invariance.here import DEFAULTS
+    from equiloss.invariance.rank_runs import DEFAULTS
     from support import composed
 
     ours = composed().plain

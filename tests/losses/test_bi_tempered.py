@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equiloss.losses.bi_tempered import bi_tempered, log_tempered_softmax
+from equiloss.losses.shelf.bi_tempered import bi_tempered, log_tempered_softmax
 
 TEMPERATURES = [
     (0.8, 1.2),

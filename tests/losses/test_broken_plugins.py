@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from equiloss.errors import LossError, NonFiniteError, UserError
-from equiloss.explain import explain
+from equiloss.launching.composition_errors import explain
 from equiloss.losses import registry
 from support import Install, Run
 

@@ -13,7 +13,7 @@ from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from equiloss import resolved
+from equiloss.config import resolved
 from equiloss.errors import ConfigError, LossError
 from equiloss.losses import Criterion, config_source, registry
 from equiloss.losses.config_source import LossConfigSource

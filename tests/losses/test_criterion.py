@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from equiloss import oracle
 from equiloss.errors import DataError, LossError
 from equiloss.losses import Criterion, reduction, registry
+from equiloss.parity import oracle
 
 FORMULATIONS = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 each_formulation = pytest.mark.parametrize("name", FORMULATIONS)

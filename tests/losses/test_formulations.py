@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from equiloss import oracle
 from equiloss.losses.formulations import cross_entropy, log_softmax_nll, softmax_nll
+from equiloss.parity import oracle
 
 Loss = Callable[..., Tensor]
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from equiloss.config import ModelConfig
-from equiloss.dropout import RowKeys
-from equiloss.errors import LossError
+from equiloss.errors import LossError, ModelError
 from equiloss.losses import Criterion
 from equiloss.losses.projection import Projection
 from equiloss.losses.signature import read
-from equiloss.models import ModelError, build, expose_head
+from equiloss.models.build import build, expose_head
+from equiloss.models.dropout import RowKeys
 from support import slow
 
 IGNORED = -100

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equiloss.distributed import collectives
+from equiloss.distributed.process_groups import run_ranks
 from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
-from equiloss.testing import run_ranks
 
 each_world_size = pytest.mark.parametrize("world_size", [1, 2, 3])
 
@@ -60,12 +61,12 @@ def test_rows_are_gathered_in_rank_order(counts):
 
 def test_without_a_process_group_there_is_one_rank():
     value = torch.tensor([1.0, 2.0])
-    assert reduction.world_size() == 1
-    assert torch.equal(reduction.sum_over_ranks(value), value)
-    assert torch.equal(reduction.max_over_ranks(value), value)
-    assert torch.equal(reduction.gather_rows(value), value)
+    assert collectives.world_size() == 1
+    assert torch.equal(collectives.sum_over_ranks(value), value)
+    assert torch.equal(collectives.max_over_ranks(value), value)
+    assert torch.equal(collectives.gather_rows(value), value)
     # A sum is a value of its own: what is done to it does not reach the argument.
-    reduction.sum_over_ranks(value).zero_()
+    collectives.sum_over_ranks(value).zero_()
     assert value.tolist() == [1, 2]
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from equiloss.errors import LossError
 from equiloss.losses import Criterion, registry
-from equiloss.losses.binary import sigmoid_bce
-from equiloss.losses.focal import focal, poly1
 from equiloss.losses.formulations import cross_entropy
-from equiloss.losses.long_tail import balanced_softmax, ldam, logit_adjusted
-from equiloss.losses.robust import generalized_cross_entropy, symmetric_cross_entropy
+from equiloss.losses.shelf.binary import sigmoid_bce
+from equiloss.losses.shelf.focal import focal, poly1
+from equiloss.losses.shelf.long_tail import balanced_softmax, ldam, logit_adjusted
+from equiloss.losses.shelf.robust import generalized_cross_entropy, symmetric_cross_entropy
 from support import Run
 
 Loss = Callable[..., Tensor]

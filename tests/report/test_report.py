@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from equiloss import command
-from equiloss.claim import claim
-from equiloss.cli import app
-from equiloss.ledger import ATTEMPT, Ledger
+from equiloss.cli.main import app
+from equiloss.launching import command
+from equiloss.launching.claim import claim
+from equiloss.launching.ledger import ATTEMPT, Ledger
+from equiloss.records.run_dir import EVALUATION, METRICS, RESULTS
 from equiloss.report.compare import compare
 from equiloss.report.figures import PICTURES
 from equiloss.report.page import page, write_report
 from equiloss.report.runs import ReportError, find
-from equiloss.results import EVALUATION, METRICS, RESULTS
 from equiloss.run import run
 from left_behind import LOSSES, edit, three_losses, write_evaluation, write_run
 from support import QUIET, composed

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from equiloss.records.results import Result
+from equiloss.records.run_dir import METRICS, RESULTS
 from equiloss.report.compare import compare
 from equiloss.report.page import page
 from equiloss.report.runs import ReportError, find
 from equiloss.report.sweeps import swept_keys
-from equiloss.results import METRICS, RESULTS, Result
 from left_behind import three_losses, write_multirun, write_run
 
 

@@ -10,16 +10,16 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
-from equiloss.claim import claim
 from equiloss.config import ParityConfig
 from equiloss.errors import ParityError
+from equiloss.launching.claim import claim
 from equiloss.losses import Criterion, register, registry
-from equiloss.parity import ParityMonitor
+from equiloss.parity.monitor import ParityMonitor
+from equiloss.records.run_dir import METRICS
 from equiloss.report.compare import compare
 from equiloss.report.page import data, page
 from equiloss.report.runs import find
 from equiloss.report.verdict import Verdict
-from equiloss.results import METRICS
 from equiloss.run import run
 from left_behind import edit, formulation, three_losses, write_run
 from support import composed

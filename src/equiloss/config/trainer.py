@@ -34,7 +34,7 @@ REFUSED_TRAINER_ARGUMENTS = {
     "inference_mode": "evaluation always runs without autograd",
     "logger": "choose a file of conf/logger",
     "callbacks": "choose a file of conf/callbacks",
-    "plugins": "checkpoints go through equiloss.checkpoint",
+    "plugins": "checkpoints go through equiloss.training.checkpoint",
     "default_root_dir": "set hydra.run.dir",
     "enable_checkpointing": "set checkpoint.every_n_steps",
     "enable_progress_bar": "set progress_bar",

@@ -10,17 +10,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from equiloss.conformance.case import Case
-from equiloss.conformance.law import (
-    Difference,
-    DoesNotApply,
-    Violates,
-    apart,
-    errors_of_the_loss,
-    law,
-)
+from equiloss.conformance.law import Difference, DoesNotApply, Violates, apart, law
 from equiloss.conformance.rows import attached, independence, not_finite
 from equiloss.conformance.search import search
-from equiloss.conformance.subject import Subject
+from equiloss.conformance.subject import Subject, errors_of_the_loss
 
 # Step of the central differences; gradcheck's own.
 STEP = 1e-6

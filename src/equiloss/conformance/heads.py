@@ -7,15 +7,9 @@ from torch import Tensor
 
 from equiloss.conformance.case import Case, entries, rounding, tensor_code
 from equiloss.conformance.derivatives import gradient
-from equiloss.conformance.law import (
-    Broken,
-    CounterExample,
-    DoesNotApply,
-    errors_of_the_loss,
-    law,
-)
+from equiloss.conformance.law import Broken, CounterExample, DoesNotApply, law
 from equiloss.conformance.spelling import criterion
-from equiloss.conformance.subject import Subject
+from equiloss.conformance.subject import Subject, errors_of_the_loss
 from equiloss.losses.projection import Projection
 
 # Rows, features and classes, the smallest first.

@@ -9,17 +9,10 @@ from typing import Any
 import torch
 
 from equiloss.conformance.case import Case
-from equiloss.conformance.law import (
-    Broken,
-    CounterExample,
-    Difference,
-    LossRaised,
-    errors_of_the_loss,
-    law,
-)
+from equiloss.conformance.law import Broken, CounterExample, Difference, law
 from equiloss.conformance.rows import repeatable, wrong_form
 from equiloss.conformance.search import search
-from equiloss.conformance.subject import Subject
+from equiloss.conformance.subject import LossRaised, Subject, errors_of_the_loss
 from equiloss.losses.signature import RESERVED, Option
 
 UNDECLARED = "no_such_option"

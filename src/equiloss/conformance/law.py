@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,23 +92,6 @@ class Broken(Exception):  # noqa: N818 - it carries a finding, and always reache
     def __init__(self, example: CounterExample) -> None:
         super().__init__("\n".join(example.lines()))
         self.example = example
-
-
-class LossRaised(Exception):  # noqa: N818 - the error is the loss's own, its cause
-    """The loss raised an exception where it should have given a result."""
-
-    def __init__(self, error: BaseException) -> None:
-        lines = [line.strip() for line in str(error).strip().splitlines()]
-        super().__init__(f"{type(error).__name__}: {lines[0] if lines else ''}")
-
-
-@contextmanager
-def errors_of_the_loss() -> Iterator[None]:
-    """Turn what the loss raises into `LossRaised`."""
-    try:
-        yield
-    except Exception as error:
-        raise LossRaised(error) from error
 
 
 Violates = Callable[[Case], Difference | None]

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equiloss import oracle
 from equiloss.conformance.case import Case, rounding
 from equiloss.conformance.derivatives import extreme_cases, extremes, gradient
-from equiloss.conformance.law import Difference, errors_of_the_loss, law
+from equiloss.conformance.law import Difference, law
 from equiloss.conformance.rows import wrong_form
 from equiloss.conformance.search import search
-from equiloss.conformance.subject import Subject
+from equiloss.conformance.subject import Subject, errors_of_the_loss
+from equiloss.parity import oracle
 
 
 @law(gradient)
@@ -64,7 +64,8 @@ def accuracy(subject: Subject) -> None:
     """float32 errs no more than rounding explains, in loss and gradient.
 
     A loss that is cross-entropy may err by as much as torch's own plus the bound of
-    `equiloss.oracle`, against that oracle; any other by `rounding`, against itself in float64.
+    `equiloss.parity.oracle`, against that oracle; any other by `rounding`, against itself in
+    float64.
     """
     plain = [subject.batch(32, 10, scale=scale, dtype=torch.float32) for scale in (0.1, 1, 5, 20)]
     plain += [case for case in extreme_cases(subject) if case.logits.dtype == torch.float32]

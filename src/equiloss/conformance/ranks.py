@@ -18,10 +18,11 @@ from equiloss.conformance.law import Broken, CounterExample, Difference, DoesNot
 from equiloss.conformance.search import counter_example
 from equiloss.conformance.subject import Subject
 from equiloss.conformance.transforms import compiled, per_sample_gradients
+from equiloss.distributed import collectives
+from equiloss.distributed.process_groups import run_ranks
 from equiloss.errors import LossError
 from equiloss.imports import import_target
 from equiloss.losses import reduction
-from equiloss.testing import run_ranks
 
 # Rows of each rank, by world size: uneven, and with a rank that has none.
 ONE_ROW: dict[int, tuple[int, ...]] = {1: (1,), 2: (1, 0), 3: (0, 1, 0)}
@@ -147,7 +148,7 @@ def measure(jobs: bytes) -> list[Step]:
 
 
 def _step(job: Job) -> Step:
-    world_size = reduction.world_size()
+    world_size = collectives.world_size()
     rank = dist.get_rank() if world_size > 1 else 0
     first = sum(job.rows[:rank])
     case = job.case.at(list(range(first, first + job.rows[rank])))
@@ -167,7 +168,7 @@ def _step(job: Job) -> Step:
             total, mass = criterion(subject.given(logits), case.target)
         except Exception as error:  # the loss's own; the other ranks wait for this one
             step.error = f"{type(error).__name__}: {error}"
-    sums = reduction.sum_over_ranks(torch.stack([total.detach(), mass]))
+    sums = collectives.sum_over_ranks(torch.stack([total.detach(), mass]))
     step.loss = reduction.mean(*sums).item()
     share = torch.autograd.grad(
         reduction.rank_loss(total, sums[1]), list(leaves.values()), allow_unused=True
@@ -175,7 +176,7 @@ def _step(job: Job) -> Step:
     for key, gradient in zip(leaves, share, strict=True):
         averaged = torch.zeros_like(leaves[key]) if gradient is None else gradient
         if key != "logits":
-            averaged = reduction.sum_over_ranks(averaged)
+            averaged = collectives.sum_over_ranks(averaged)
         step.gradients[key] = averaged / world_size
     return step
 

@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from equiloss.conformance.case import Case, rounding
-from equiloss.conformance.law import (
-    Difference,
-    LossRaised,
-    Violates,
-    errors_of_the_loss,
-    law,
-)
+from equiloss.conformance.law import Difference, Violates, law
 from equiloss.conformance.search import search
-from equiloss.conformance.subject import Subject, with_ignored_rows
+from equiloss.conformance.subject import LossRaised, Subject, errors_of_the_loss, with_ignored_rows
 
 
 @law()

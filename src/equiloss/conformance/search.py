@@ -8,16 +8,9 @@ from torch import Tensor
 
 from equiloss.conformance import spelling
 from equiloss.conformance.case import Case, entries
-from equiloss.conformance.law import (
-    RAISED,
-    Broken,
-    CounterExample,
-    Difference,
-    LossRaised,
-    Violates,
-)
+from equiloss.conformance.law import RAISED, Broken, CounterExample, Difference, Violates
 from equiloss.conformance.shrink import shrink
-from equiloss.conformance.subject import Subject
+from equiloss.conformance.subject import LossRaised, Subject
 
 
 def search(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from equiloss.conformance.case import Case, batch, class_weights, soft
-from equiloss.conformance.law import errors_of_the_loss
 from equiloss.errors import LossError, unknown
 from equiloss.losses.adapter import adapted
 from equiloss.losses.criterion import Criterion
@@ -21,6 +21,23 @@ from equiloss.losses.signature import HEAD_BIAS, RESERVED, LossFunction, read
 
 # Marks the rows that a case leaves out, where the loss says nothing else.
 IGNORED = -100
+
+
+class LossRaised(Exception):  # noqa: N818 - the error is the loss's own, its cause
+    """The loss raised an exception where it should have given a result."""
+
+    def __init__(self, error: BaseException) -> None:
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        super().__init__(f"{type(error).__name__}: {lines[0] if lines else ''}")
+
+
+@contextmanager
+def errors_of_the_loss() -> Iterator[None]:
+    """Turn what the loss raises into `LossRaised`."""
+    try:
+        yield
+    except Exception as error:
+        raise LossRaised(error) from error
 
 
 class Subject:

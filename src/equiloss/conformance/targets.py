@@ -15,10 +15,10 @@ from equiloss.conformance.derivatives import (
     not_finite_anywhere,
     not_the_derivative,
 )
-from equiloss.conformance.law import Difference, DoesNotApply, apart, errors_of_the_loss, law
+from equiloss.conformance.law import Difference, DoesNotApply, apart, law
 from equiloss.conformance.rows import depends_on_others
 from equiloss.conformance.search import search
-from equiloss.conformance.subject import Subject, with_ignored_rows
+from equiloss.conformance.subject import Subject, errors_of_the_loss, with_ignored_rows
 
 # So little label smoothing is none, in a function that is continuous.
 HARDLY_ANY = 1e-17

@@ -16,10 +16,10 @@ from equiloss.conformance.case import Case
 from equiloss.conformance.derivatives import parameters, shift
 from equiloss.conformance.heads import head
 from equiloss.conformance.keywords import options
-from equiloss.conformance.law import Difference, DoesNotApply, apart, errors_of_the_loss, law
+from equiloss.conformance.law import Difference, DoesNotApply, apart, law
 from equiloss.conformance.precision import accuracy, promotion
 from equiloss.conformance.search import search
-from equiloss.conformance.subject import Subject
+from equiloss.conformance.subject import Subject, errors_of_the_loss
 from equiloss.conformance.targets import combinations
 
 # It traces the loss and its backward pass, which is where a loss can go wrong, and runs in

@@ -7,17 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from equiloss.conformance.law import (
-    Broken,
-    CounterExample,
-    DoesNotApply,
-    Law,
-    LossRaised,
-)
+from equiloss.conformance.law import Broken, CounterExample, DoesNotApply, Law
 from equiloss.conformance.laws import LAWS
 from equiloss.conformance.ranks import check_ranks, ranks
 from equiloss.conformance.rows import loads
-from equiloss.conformance.subject import Subject
+from equiloss.conformance.subject import LossRaised, Subject
 from equiloss.conformance.verdict import Conformance, Outcome, Status
 from equiloss.errors import LossError, unknown
 from equiloss.imports import import_target

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from equiloss.conformance.law import CounterExample, Law
-from equiloss.results import environment
+from equiloss.records.results import environment
 
 
 class Status(StrEnum):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from equiloss.config import AugmentConfig
-from equiloss.data.keyed import Stream, keyed_bits, keyed_uniform
 from equiloss.data.sampler import Slice
 from equiloss.data.sources import Source
 from equiloss.errors import ConfigError, DataError, unknown
+from equiloss.randomness import Stream, keyed_bits, keyed_uniform
 
 Transform = Callable[[Tensor], Tensor]
 

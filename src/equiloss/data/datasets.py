@@ -14,12 +14,12 @@ from torch import Tensor
 
 from equiloss.config import DataConfig
 from equiloss.data.folder import image_folder
-from equiloss.data.keyed import Stream, keyed_bits
 from equiloss.data.sources import ArraySource, Batch, FileSource, Source
 from equiloss.data.splits import SPLITS, Pair, Splits, in_memory, three_way
 from equiloss.data.torchvision_sets import cifar10, cifar100, fashion_mnist, mnist
 from equiloss.errors import ConfigError, DataError, choose, unknown
 from equiloss.imports import import_target
+from equiloss.randomness import Stream, keyed_bits
 
 __all__ = ["DATASETS", "ArraySource", "Batch", "FileSource", "Source", "Splits", "load"]
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equiloss.config import AugmentConfig
-from equiloss.data.keyed import Stream, keyed_bits
 from equiloss.errors import DataError
+from equiloss.randomness import Stream, keyed_bits
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from equiloss.data.keyed import Stream, keyed_bits
+from equiloss.randomness import Stream, keyed_bits
 
 
 class Slice(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from equiloss.config import DataConfig
-from equiloss.data.keyed import Stream, keyed_bits
 from equiloss.data.sources import ArraySource, Shape, Source, resize
 from equiloss.errors import ConfigError, DataError
+from equiloss.randomness import Stream, keyed_bits
 
 SPLITS = ("train", "val", "test")
 Pair = tuple[Tensor, Tensor]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equiloss.atomic import write_atomically
+from equiloss.records.atomic import write_atomically
 
 Value = str | int
 

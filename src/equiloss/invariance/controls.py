@@ -15,19 +15,20 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from equiloss.classifier import Classifier
+from equiloss.distributed import collectives
 from equiloss.losses import reduction
+from equiloss.training.classifier import Classifier
 
 
 @contextmanager
 def local_means() -> Iterator[None]:
     """Let every rank divide by the mass of its own slice: a mean of means."""
 
-    def own(value: Tensor) -> reduction.PendingSum:
-        return reduction.PendingSum(value.detach().clone(), None)
+    def own(value: Tensor) -> collectives.PendingSum:
+        return collectives.PendingSum(value.detach().clone(), None)
 
     with (
-        mock.patch.object(reduction, "start_sum", own),
+        mock.patch.object(collectives, "start_sum", own),
         mock.patch.object(reduction, "rank_loss", reduction.mean),
     ):
         yield

@@ -8,12 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from equiloss.classifier import Classifier
 from equiloss.config import SPLIT_METRICS
+from equiloss.distributed import collectives
+from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance.cells import Cell, Part
-from equiloss.invariance.here import train
-from equiloss.losses import reduction
-from equiloss.testing import run_ranks
+from equiloss.invariance.rank_runs import train
+from equiloss.training.classifier import Classifier
 
 WORLD_SIZES = (1, 2, 3, 4)
 # 359 is a prime; of 3 and of 1 samples not every rank gets one.
@@ -82,13 +82,13 @@ class _Keep(Callback):
 def _evaluations(directory: Path) -> dict[int, Figures]:
     """On every rank: every length on one world size."""
     trained = directory / "trained"
-    if reduction.world_size() == 1:
+    if collectives.world_size() == 1:
         train(trained, {"trainer": {"max_steps": 30}})
     found = {}
     for length in LENGTHS:
         keep = _Keep()
         result = train(
-            directory / f"W{reduction.world_size()}-N{length}",
+            directory / f"W{collectives.world_size()}-N{length}",
             {
                 "task": "test",
                 "ckpt_path": str(trained / "checkpoints" / "last.ckpt"),

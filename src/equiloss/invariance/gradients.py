@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from equiloss.classifier import Classifier
 from equiloss.data.sources import Batch
-from equiloss.dropout import RowKeys
+from equiloss.distributed import collectives
+from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance import references
 from equiloss.invariance.cells import Cell, Part
-from equiloss.invariance.here import config, in_rank, trainer_plugins
+from equiloss.invariance.rank_runs import config, in_rank, trainer_plugins
 from equiloss.invariance.steps import (
     CLASSES,
     ROWS,
@@ -34,9 +34,9 @@ from equiloss.invariance.steps import (
     own_rows,
     steps,
 )
-from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
-from equiloss.testing import run_ranks
+from equiloss.models.dropout import RowKeys
+from equiloss.training.classifier import Classifier
 
 DTYPES = (torch.float64, torch.float32)
 # Relative to the gradient's norm: float64 rounds at 1e-16 and float32 at 6e-8, some ten layers
@@ -66,7 +66,7 @@ def measure(world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict[str, Part]:
 def cells(dtype: torch.dtype) -> list[Cell]:
     """On every rank: the cells of one world size."""
     in_rank()
-    world_size = reduction.world_size()
+    world_size = collectives.world_size()
     found = _gradients(dtype)
     made = []
     for step, gradient in found:
@@ -99,7 +99,7 @@ def _gradients(dtype: torch.dtype) -> list[tuple[Step, Tensor]]:
     precision = "64-true" if dtype == torch.float64 else "32-true"
     settings = config(
         {
-            "trainer": {"precision": precision, "devices": reduction.world_size()},
+            "trainer": {"precision": precision, "devices": collectives.world_size()},
             "data": {"name": "custom", "target": "unused:unused", "batch_size": ROWS},
             # The gradients are taken out before the step: the weights stay as they are.
             "optimizer": {"weight_decay": 0.0, "options": {"momentum": 0.0, "nesterov": False}},
@@ -116,7 +116,7 @@ def _gradients(dtype: torch.dtype) -> list[tuple[Step, Tensor]]:
     capture = _Capture()
     trainer = Trainer(
         accelerator="cpu",
-        devices=reduction.world_size(),
+        devices=collectives.world_size(),
         precision=precision,
         max_epochs=1,
         logger=False,
@@ -128,10 +128,10 @@ def _gradients(dtype: torch.dtype) -> list[tuple[Step, Tensor]]:
         **trainer_plugins(),
     )
     trainer.fit(classifier, DataLoader(_Slices(dtype), batch_size=None))
-    wanted = steps(reduction.world_size())
+    wanted = steps(collectives.world_size())
     # Every step was taken, by a group of the size asked for.
     assert len(capture.gradients) == len(wanted)
-    assert trainer.world_size == reduction.world_size()
+    assert trainer.world_size == collectives.world_size()
     return list(zip(wanted, capture.gradients, strict=True))
 
 
@@ -142,10 +142,10 @@ class _Slices(IterableDataset[Batch]):
         self.dtype = dtype
 
     def __len__(self) -> int:
-        return len(steps(reduction.world_size()))
+        return len(steps(collectives.world_size()))
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in steps(reduction.world_size()):
+        for step in steps(collectives.world_size()):
             batch = global_batch(step, self.dtype)
             rows = own_rows(len(batch.target), torch.distributed.get_rank())
             yield Batch(batch.images[rows], batch.target[rows], batch.index[rows], 0)
@@ -164,7 +164,7 @@ class _Capture(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        world_size = reduction.world_size()
+        world_size = collectives.world_size()
         step = steps(world_size)[batch_idx]
         case = cases(world_size)[step.case]
         pl_module.criterion = Criterion(step.loss, **case.options)

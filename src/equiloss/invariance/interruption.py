@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance import trajectories
 from equiloss.invariance.cells import Cell, Part
 from equiloss.invariance.controls import KillAfterStep, KillInStep, KillInWrite
-from equiloss.invariance.here import Recorder, Tree, read_records, train
-from equiloss.results import METRICS, Result
-from equiloss.testing import run_ranks
+from equiloss.invariance.rank_runs import Recorder, Tree, read_records, train
+from equiloss.records.results import Result
+from equiloss.records.run_dir import METRICS
 
 # 200 rows in batches of 23: nine steps an epoch, the last of 16 rows.
 STEPS_PER_EPOCH = 9

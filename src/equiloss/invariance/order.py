@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from equiloss.distributed import collectives
+from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance.cells import Cell, Part
-from equiloss.invariance.here import Recorder, read_records, train
-from equiloss.losses import reduction
-from equiloss.testing import run_ranks
+from equiloss.invariance.rank_runs import Recorder, read_records, train
 
 WORLD_SIZES = (1, 2, 3)
 WORKERS = (0, 2)
@@ -52,7 +52,7 @@ def _name(world_size: int, workers: int) -> str:
 def _runs(directory: Path) -> None:
     """On every rank: the runs of one world size."""
     for workers in WORKERS:
-        place = directory / _name(reduction.world_size(), workers)
+        place = directory / _name(collectives.world_size(), workers)
         train(
             place,
             {"trainer": {"max_steps": STEPS}, "data": {"num_workers": workers}},

@@ -13,7 +13,7 @@ from equiloss.errors import choose
 from equiloss.invariance import evaluation, gradients, interruption, order, trajectories
 from equiloss.invariance.cells import Part, Report
 from equiloss.invariance.picture import draw
-from equiloss.results import environment
+from equiloss.records.results import environment
 
 PARTS: dict[str, Callable[[Path], dict[str, Part]]] = {
     "gradients": lambda _: gradients.measure(),

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiloss.data.sources import Batch
+from equiloss.distributed import collectives
 from equiloss.invariance.steps import CLASSES, Case, Step, micro_batch_size, network, own_rows
-from equiloss.losses import reduction
 
 
 def _plain_loss(logits: Tensor, target: Tensor, case: Case) -> Tensor:
@@ -44,7 +44,7 @@ def _local_parts(batch: Batch, step: Step) -> list[list[tuple[Tensor, Tensor]]]:
     """Images and targets of each micro-batch of each rank."""
     size = micro_batch_size(len(batch.target), step)
     found = []
-    for rank in range(reduction.world_size()):
+    for rank in range(collectives.world_size()):
         rows = own_rows(len(batch.target), rank)
         images, target = batch.images[rows], batch.target[rows]
         parts = zip(torch.split(images, size), torch.split(target, size), strict=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from equiloss.data.sampler import rank_rows
 from equiloss.data.sources import Batch
-from equiloss.losses import reduction
-from equiloss.models import ConvNet
+from equiloss.distributed import collectives
+from equiloss.models.networks import ConvNet
 
 CLASSES = 5
 # Slices of 1 to 4 ranks have 5 equal or nearly equal micro-batches, and none is a multiple of 4.
@@ -85,18 +85,18 @@ def network(dtype: torch.dtype) -> nn.Module:
 
 def own_rows(rows: int, rank: int) -> slice:
     """The rows of a global batch that belong to a rank."""
-    return rank_rows(rows, rank, reduction.world_size())
+    return rank_rows(rows, rank, collectives.world_size())
 
 
 def micro_batch_size(rows: int, step: Step) -> int:
     """Rows per forward pass that cut the longest slice into `step.micro_batches`."""
-    longest = -(-rows // reduction.world_size())
+    longest = -(-rows // collectives.world_size())
     return -(-longest // step.micro_batches)
 
 
 def global_batch(step: Step, dtype: torch.dtype) -> Batch:
     """The global batch of a step."""
-    target = cases(reduction.world_size())[step.case].target
+    target = cases(collectives.world_size())[step.case].target
     if target.is_floating_point():
         target = target.to(dtype)
     generator = torch.Generator().manual_seed(1)

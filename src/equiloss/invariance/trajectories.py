@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from equiloss.distributed import collectives
+from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance.cells import Cell, Part
 from equiloss.invariance.controls import local_means
-from equiloss.invariance.here import train
-from equiloss.losses import reduction
-from equiloss.results import read_metrics
-from equiloss.testing import run_ranks
+from equiloss.invariance.rank_runs import train
+from equiloss.records.results import read_metrics
 
 STEPS = 100
 BATCH = 47
@@ -79,7 +79,7 @@ def _name(world_size: int, micro_batches: int) -> str:
 
 def _trajectories(directory: Path) -> None:
     """On every rank: the runs of one world size."""
-    world_size = reduction.world_size()
+    world_size = collectives.world_size()
     options = {"trainer": {"max_steps": STEPS}, "data": {"batch_size": BATCH}}
     longest = -(-BATCH // world_size)
     for micro_batches in MICRO_BATCHES:

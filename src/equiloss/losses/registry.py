@@ -31,19 +31,19 @@ KEPT = {
 }
 
 _BUILT_IN = {
-    "balanced_softmax": "equiloss.losses.long_tail:balanced_softmax",
-    "bi_tempered": "equiloss.losses.bi_tempered:bi_tempered",
+    "balanced_softmax": "equiloss.losses.shelf.long_tail:balanced_softmax",
+    "bi_tempered": "equiloss.losses.shelf.bi_tempered:bi_tempered",
     "cross_entropy": "equiloss.losses.formulations:cross_entropy",
-    "focal": "equiloss.losses.focal:focal",
-    "generalized_cross_entropy": "equiloss.losses.robust:generalized_cross_entropy",
-    "ldam": "equiloss.losses.long_tail:ldam",
-    "linear_cross_entropy": "equiloss.losses.linear:linear_cross_entropy",
+    "focal": "equiloss.losses.shelf.focal:focal",
+    "generalized_cross_entropy": "equiloss.losses.shelf.robust:generalized_cross_entropy",
+    "ldam": "equiloss.losses.shelf.long_tail:ldam",
+    "linear_cross_entropy": "equiloss.losses.shelf.linear:linear_cross_entropy",
     "log_softmax_nll": "equiloss.losses.formulations:log_softmax_nll",
-    "logit_adjusted": "equiloss.losses.long_tail:logit_adjusted",
-    "poly1": "equiloss.losses.focal:poly1",
-    "sigmoid_bce": "equiloss.losses.binary:sigmoid_bce",
+    "logit_adjusted": "equiloss.losses.shelf.long_tail:logit_adjusted",
+    "poly1": "equiloss.losses.shelf.focal:poly1",
+    "sigmoid_bce": "equiloss.losses.shelf.binary:sigmoid_bce",
     "softmax_nll": "equiloss.losses.formulations:softmax_nll",
-    "symmetric_cross_entropy": "equiloss.losses.robust:symmetric_cross_entropy",
+    "symmetric_cross_entropy": "equiloss.losses.shelf.robust:symmetric_cross_entropy",
 }
 
 _F = TypeVar("_F", bound=LossFunction)

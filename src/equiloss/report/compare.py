@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from equiloss.config.resolved import PRESENTATION, leaves
 from equiloss.report.groups import Group, Kinship, differing
 from equiloss.report.pairs import Pair, find_pairs
 from equiloss.report.runs import Found, Run
 from equiloss.report.sweeps import opaque, unasked
 from equiloss.report.verdict import Lockstep, Verdict, judge, largest_ratios, listed
-from equiloss.resolved import PRESENTATION, leaves
 
 SHOWN = ("test/acc", "test/balanced_acc", "test/nll", "test/loss", "test/ece", "val/nll")
 TIMING = ("train_s", "samples_per_s")

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from equiloss.config.resolved import PRESENTATION
 from equiloss.report.runs import Run
-from equiloss.resolved import PRESENTATION
 
 
 @dataclass(frozen=True)

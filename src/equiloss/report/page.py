@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from equiloss.atomic import write_atomically
+from equiloss.records.atomic import write_atomically
 from equiloss.report.compare import SHOWN, TIMING, Comparison, compare
 from equiloss.report.figures import Picture, draw_all
 from equiloss.report.groups import Spread

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from equiloss.config.resolved import leaves
 from equiloss.report.groups import Kinship, differing, final_difference, relative
 from equiloss.report.runs import Run, Series
-from equiloss.resolved import leaves
 
 FORMULATIONS = "formulations"
 WORLD_SIZES = "world sizes"

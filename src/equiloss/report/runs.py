@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 from hydra.errors import HydraException
 
+from equiloss.config.resolved import leaves
 from equiloss.errors import UserError
+from equiloss.records.results import Result
+from equiloss.records.run_dir import CONFIG, EVALUATION, METRICS, RESULTS
 from equiloss.report.sweeps import MULTIRUN, sweep_of, swept_keys
-from equiloss.resolved import leaves
-from equiloss.results import CONFIG, EVALUATION, METRICS, RESULTS, Result
 
 Series = list[tuple[int, float]]
 """Values of a metric by optimizer step."""

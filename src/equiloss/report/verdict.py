@@ -18,7 +18,7 @@ FLOAT64_BOUND = 1e-9
 EXACT = "64-true"
 # More names than this in a line hide what it says; the page and the data have them all.
 NAMED = 6
-# What a run that was stopped by parity.policy=raise says of itself (see `equiloss.parity`).
+# What a run that was stopped by parity.policy=raise says of itself (see `equiloss.parity.monitor`).
 _STOPPED = re.compile(rf"{re.escape(PARITY_STOP)} \d+: (?P<what>.*)")
 _FORMULATION = re.compile(r"(?P<name>[^\s,]+) \(error (?P<ratio>\S+) times its bound\)")
 

@@ -1,0 +1,5 @@
+"""The `equiloss` command."""
+
+from equiloss.cli.main import app
+
+__all__ = ["app"]

@@ -1,0 +1,238 @@
+"""The `equiloss` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from equiloss.cli import catalogue
+from equiloss.errors import LossError, UserError, unknown
+from equiloss.launching.composition_errors import explain
+from equiloss.losses import registry
+from equiloss.losses.adapter import adapted
+from equiloss.losses.signature import config_node, read
+
+
+class _LossesByDefault(TyperGroup):
+    """Takes `verify NAME…` for `verify losses NAME…`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, "--help"):
+            args = ["losses", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+verify = typer.Typer(
+    cls=_LossesByDefault,
+    help="Hold losses against the laws of a loss (`verify NAME…`), or measure what this project "
+    "promises (`verify invariance`).",
+)
+app.add_typer(verify, name="verify")
+
+
+@app.callback()
+def _command() -> None:
+    """Losses for image classification that are the same number, however they are written."""
+
+
+@app.command()
+def losses(
+    name: Annotated[
+        str | None, typer.Argument(help="Show this loss: formula, docstring, options and a plot.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """List the registered losses: where each comes from, its options, and what it can do."""
+    if name is None:
+        found = catalogue.entries()
+        if as_json:
+            print(json.dumps([one.listed() for one in found], indent=2, default=str))
+        else:
+            Console().print(catalogue.table(found))
+        return
+    try:
+        one = catalogue.entry(name)
+        if one.error is not None:
+            raise LossError(one.error)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if as_json:
+        print(json.dumps(catalogue.page(one), indent=2, default=str))
+    else:
+        catalogue.show_page(one, Console())
+
+
+@verify.command("losses")
+def verify_losses(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME…",
+            help="Registered names, or package.module:function; all registered ones by default.",
+        ),
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="OPTION=VALUE",
+            help="Value of an option of the loss, as `loss.OPTION=VALUE` of a run. May be given "
+            "several times.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write JSON too; - prints it.")
+    ] = None,
+) -> None:
+    """Hold losses against the laws of a loss, with the smallest counter-example to a broken one.
+
+    It takes some seconds for the first loss and about a second for each further one. The exit
+    code is 1 if a law is broken, or a plugin cannot be imported.
+    """
+    # Imported here: torch takes seconds, and `equiloss --help` does without it.
+    from equiloss.conformance import verify_all
+    from equiloss.conformance.verdict import as_json_data, show
+
+    if any(":" in name for name in names or ()):
+        sys.path.insert(0, str(Path.cwd()))  # as `python train.py` does
+    waiting = Console(stderr=True)
+    try:
+        chosen = names or registry.names()
+        given = _given_options(names or (), options or ())
+        with waiting.status("") as status:
+            verdicts = verify_all(chosen, given, tell=status.update)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if as_json != "-":
+        show(verdicts, Console())
+    if as_json is not None:
+        text = json.dumps(as_json_data(verdicts), indent=2, default=str) + "\n"
+        if as_json == "-":
+            print(text, end="")
+        else:
+            Path(as_json).write_text(text, encoding="utf-8")
+    if not all(verdict.holds for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+def _given_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]:
+    """Options of the first named loss, with the types of its signature."""
+    from equiloss.conformance.trial import load
+
+    if not pairs:
+        return {}
+    if not names:
+        raise LossError("--set gives options to the losses that are named: name one")
+    try:
+        signature = read(names[0], adapted(names[0], load(names[0])))
+    except LossError:
+        return {}  # the verdict will say so
+    node = OmegaConf.structured(config_node(names[0], signature))
+    keys = []
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise LossError(f"--set takes OPTION=VALUE, got {pair!r}")
+        if key not in signature.options:
+            raise LossError(unknown(f"option of loss {names[0]!r}", key, signature.options))
+        try:
+            OmegaConf.update(node, key, yaml.safe_load(value))
+        except OmegaConfBaseException as error:
+            raise LossError(explain(error)) from error
+        keys.append(key)
+    return {key: node[key] for key in keys}
+
+
+@verify.command()
+def invariance(
+    output: Annotated[
+        Path, typer.Option(help="Directory for the table (Markdown, JSON) and the picture.")
+    ] = Path("invariance"),
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this part: gradients, trajectories, order, evaluation or interruptions. "
+            "May be given several times."
+        ),
+    ] = None,
+) -> None:
+    """Same numbers on 1 to 4 processes, in any micro-batches, after kills: measured here.
+
+    It starts real processes on this machine and takes a few minutes on two cores. The exit code
+    is 1 if a figure is beyond its bound.
+    """
+    # Imported here: Lightning takes seconds, and `equiloss losses` does without it.
+    from equiloss.invariance.proof import prove
+
+    try:
+        report = prove(output, part or ())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    print(f"table and picture: {output}")
+    if not report.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    directory: Annotated[Path, typer.Argument(help="Directory of a sweep, as `-m` printed it.")],
+) -> None:
+    """Show how far a sweep has come, while it runs or after."""
+    from equiloss.launching import sweep_table
+
+    try:
+        jobs, line = sweep_table.table(directory)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    console = Console()
+    console.print(jobs)
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Searched for run directories, in any depth.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the report; report/ in the first directory by default."),
+    ] = None,
+) -> None:
+    """Compare runs: final metrics, curves, and whether the formulations match."""
+    # Imported here: matplotlib takes a second, and `equiloss losses` does without it.
+    from equiloss.report.page import table, write_report
+
+    try:
+        comparison = write_report(directories, output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    head, rows = table(comparison)
+    shown = Table(*(name.replace("test/", "test ") for name in head[:5]))
+    for row in rows:
+        shown.add_row(*row[:5])
+    console = Console()
+    console.print(shown)
+    for place, why in comparison.found.skipped.items():
+        print(f"skipped {place}: {why}", file=sys.stderr)
+    console.print(f"verdict: {comparison.verdict.word}", highlight=False)
+    for line in comparison.verdict.lines:
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
+    console.print(f"report: {output or directories[0] / 'report'}/report.md", soft_wrap=True)

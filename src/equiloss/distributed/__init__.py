@@ -1,0 +1,1 @@
+"""Ranks: who is one, how a group of them comes about, and what they do together."""

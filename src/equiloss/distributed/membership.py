@@ -1,0 +1,157 @@
+"""Who this process is among ranks: one of torchrun's, of SLURM's srun, of our own, or alone.
+
+Ranks of our own are children of `equiloss.launching.ranks`, and read the configuration that it
+resolved. A rank of another launcher
+composes its configuration by itself. Before anything else such ranks compare its hash, so that they
+never train together on different configurations, and agree on the first rank's directory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from equiloss.config import TrainerConfig
+from equiloss.errors import ConfigError
+
+# In the environment of a rank that `equiloss.launching.ranks` started.
+CHILD = "EQUILOSS_RANK"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a launcher says of this process."""
+
+    launcher: str
+    """torchrun | srun."""
+    rank: int
+    world_size: int
+    local_rank: int
+    """Number of the rank on its machine."""
+    local_world_size: int
+    """Ranks on this machine."""
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return self.world_size // self.local_world_size
+
+
+@cache  # Lightning removes some of the variables at the end of a fit
+def found() -> Ranks | None:
+    """The launcher that started this process as one of several ranks, if one did.
+
+    An allocation of SLURM is not enough: in the script of a batch job this process is alone, and
+    starts its ranks itself. Only srun counts the tasks of a step.
+    """
+    variables = os.environ
+    if "TORCHELASTIC_RUN_ID" in variables:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return Ranks("torchrun", *(int(variables[name]) for name in names))
+    tasks = int(variables.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1:
+        nodes = int(variables.get("SLURM_STEP_NUM_NODES", 1))
+        rank, local = (int(variables[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+        return Ranks("srun", rank, tasks, local, tasks // nodes)
+    return None
+
+
+def world_size(config: TrainerConfig) -> int:
+    """Ranks that a configuration asks for."""
+    if config.devices != -1:
+        return config.devices
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def is_child() -> bool:
+    """Whether this process was started by `supervise`."""
+    return CHILD in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process speaks for its group: rank 0, or alone."""
+    ranks = found()
+    return ranks is None or ranks.rank == 0
+
+
+def quieten_hydra(arguments: list[str]) -> None:
+    """Have Hydra leave no log and no directory of ranks other than the first.
+
+    Args:
+        arguments: The command line's, changed in place.
+    """
+    if not is_first():
+        arguments += ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
+
+
+def join(ranks: Ranks, config: TrainerConfig) -> None:
+    """Be one of a process group of all ranks, from now until this process ends.
+
+    Raises:
+        ConfigError: if `trainer.devices` is another number than that of the ranks.
+    """
+    import torch.distributed as dist
+
+    if config.devices not in (ranks.world_size, -1):
+        raise ConfigError(
+            f"{ranks.launcher} started {ranks.world_size} ranks, and trainer.devices is "
+            f"{config.devices}: set trainer.devices={ranks.world_size}, or leave {ranks.launcher} "
+            "out (train.py starts ranks itself)"
+        )
+    if ranks.launcher == "srun":
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+        nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+        # Not a port that another step, or job, of the same node would take.
+        job, step = (int(os.environ.get(f"SLURM_{name}_ID", 0)) for name in ("JOB", "STEP"))
+        os.environ |= {
+            "RANK": str(ranks.rank),
+            "WORLD_SIZE": str(ranks.world_size),
+            "LOCAL_RANK": str(ranks.local_rank),
+            "NODE_RANK": str(ranks.rank // ranks.local_world_size),
+            "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(nodes),
+            "MASTER_PORT": str(15000 + (7 * job + step) % 10000),
+        }
+    if dist.is_initialized():
+        return  # by an earlier job of the sweep: the ranks are the same
+    # What ranks agree on travels between CPUs, whatever trains.
+    dist.init_process_group("gloo" if config.accelerator == "cpu" else "cpu:gloo,cuda:nccl")
+
+
+def agreed(value: Any) -> Any:
+    """The first rank's value, on every rank."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def check_same(config_hash: str) -> None:
+    """Compare every rank's configuration.
+
+    Raises:
+        ConfigError: on every rank, if they are not all the same, naming the ranks.
+    """
+    import torch.distributed as dist
+
+    hashes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, config_hash)
+    others = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
+    if others:
+        raise ConfigError(
+            f"rank {', '.join(others)} composed another configuration than rank 0: every rank "
+            "must be given the same overrides"
+        )
+
+
+def leave(code: int) -> None:
+    """End this rank at once: the others may be waiting for it in a collective."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

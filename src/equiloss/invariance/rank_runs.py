@@ -1,0 +1,129 @@
+"""Whole runs and Trainers inside the ranks of `equiloss.testing.run_ranks`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import DictConfig, OmegaConf
+
+from equiloss.config import Config
+from equiloss.config.resolved import ResolvedConfig, resolve
+from equiloss.data.sources import Batch
+from equiloss.distributed import collectives, membership
+from equiloss.records.results import Result
+from equiloss.run import run
+from equiloss.training.classifier import Classifier
+
+Tree = dict[str, Any]
+
+# conf/ is no part of the package: these are its digits, convnet, sgd and cosine, made smaller.
+# 1,150 training rows in batches of 47: no slice is like another, and an epoch's last batch is
+# short. Class weights and smoothing make every row count differently.
+DEFAULTS: Tree = {
+    "loss": {
+        "name": "cross_entropy",
+        "weight": [0.5, 1.6, 2.0, 1.5, 0.7, 1.0, 3.0, 1.0, 0.2, 1.1],
+        "label_smoothing": 0.1,
+    },
+    "data": {"name": "digits", "val_fraction": 0.2, "batch_size": 47, "augment": {"shift": 1}},
+    "model": {"name": "convnet", "options": {"widths": [8, 16], "dropout": 0.1}},
+    "optimizer": {
+        "lr": 0.05,
+        "weight_decay": 0.01,
+        "options": {"momentum": 0.9, "nesterov": True},
+    },
+    "scheduler": {"name": "cosine", "warmup_fraction": 0.05},
+    "trainer": {"precision": "64-true"},
+    "logger": {"tensorboard": False},
+    "parity": {"every_n_steps": 0},
+    "progress_bar": False,
+    "model_summary": False,
+}
+
+
+def config(*changes: Tree) -> ResolvedConfig:
+    """The defaults above with some changes, as a run gets them."""
+    composed = OmegaConf.merge(OmegaConf.structured(Config), DEFAULTS, *changes)
+    assert isinstance(composed, DictConfig)
+    return resolve(composed)
+
+
+def in_rank() -> None:
+    """Make this process what `ranks.supervise` would have made it."""
+    rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {
+        membership.CHILD: "1",
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "NODE_RANK": "0",
+        "WORLD_SIZE": world_size,
+    }
+    # A forked rank inherits its server's way to start processes; loader workers want the default.
+    multiprocessing.set_start_method(None, force=True)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def train(directory: Path, *changes: Tree, callbacks: Sequence[Callback] = ()) -> Result:
+    """On every rank: a run with as many devices as there are ranks."""
+    in_rank()
+    world_size = dist.get_world_size()
+    settings = config(*changes, {"trainer": {"devices": world_size}})
+    directory.mkdir(parents=True, exist_ok=True)
+    result = run(settings, directory, callbacks=callbacks)
+    assert result.world_size == world_size
+    return result
+
+
+def trainer_plugins() -> Tree:
+    """Arguments that make a Trainer take the process group that is there."""
+    if dist.get_world_size() == 1:
+        return {}
+    return {
+        "strategy": DDPStrategy(gradient_as_bucket_view=True),
+        "plugins": [LightningEnvironment()],
+    }
+
+
+class Recorder(Callback):
+    """Appends what each step is given, over all ranks, as a line of JSON.
+
+    Args:
+        path: The file; the first rank writes, line by line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: Classifier,  # type: ignore[override]
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Note the step, the samples of its global batch and a digest of their pixels."""
+        index, images = collectives.gather_rows(batch.index), collectives.gather_rows(batch.images)
+        if trainer.is_global_zero:
+            pixels = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+            line = {"step": pl_module.step_index, "ids": index.tolist(), "pixels": pixels}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_records(path: Path) -> list[Tree]:
+    """What a `Recorder` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,1 @@
+"""From a command line to runs: sweeps, ranks, claims on directories, exit codes."""

@@ -1,0 +1,95 @@
+"""From a command line to an exit code: run an application of Hydra's and close its sweep."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from equiloss.distributed import membership
+from equiloss.errors import UserError
+from equiloss.launching import launch, sweep_table
+from equiloss.launching.composition_errors import explain
+from equiloss.launching.ledger import Entry
+from equiloss.launching.sweep import finish
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def main(application: Callable[[], Any]) -> None:
+    """Run a `@hydra.main` application and exit: 0, 1 if a job failed, 130 if interrupted.
+
+    What a user caused is shown in one line without a traceback, unless HYDRA_FULL_ERROR=1.
+    """
+    launch.failures.clear()
+    membership.quieten_hydra(sys.argv)
+    # Schedulers end a job with SIGTERM: it is recorded like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _errors_are_raised():
+            application()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
+        sys.exit(f"error: {explain(error)}")
+    finally:
+        ended = finish()
+    if ended is not None:
+        sys.exit(_close(*ended))
+    sys.exit(1 if launch.failures else 0)
+
+
+def _close(sweep_dir: Path, entries: dict[int, Entry]) -> int:
+    """Say how a sweep ended; returns the exit code."""
+    failed = {job: entry for job, entry in entries.items() if entry.status != "completed"}
+    for job, entry in failed.items():
+        cause = entry.error or "it ended without a word"
+        print(f"error: job {job} ({entry.directory}): {cause}", file=sys.stderr)
+    if entries:
+        jobs, _ = sweep_table.table(sweep_dir)
+        Console().print(jobs)
+        # Of failed runs too: parity may be what stopped them all.
+        _report_on(sweep_dir)
+    print(f"sweep directory: {sweep_dir} ({len(entries) - len(failed)} of {len(entries)} done)")
+    return 1 if failed else 0
+
+
+def _report_on(sweep_dir: Path) -> None:
+    """Compare a sweep's runs. Whatever the report makes of them, they are done."""
+    from equiloss.report.page import write_report
+
+    try:
+        verdict = write_report([sweep_dir]).verdict
+    except Exception as error:
+        print(f"warning: no report: {explain(error)}", file=sys.stderr)
+        return
+    print(f"verdict: {verdict.word}")
+    for line in verdict.lines:
+        print(f"- {line}")
+    print(f"report: {sweep_dir / 'report' / 'report.md'}")
+
+
+@contextmanager
+def _errors_are_raised() -> Iterator[None]:
+    """Make Hydra raise its errors, so that they can be shown in one line."""
+    before = {name: os.environ.get(name) for name in (FULL_ERROR, launch.TRACEBACKS)}
+    os.environ[launch.TRACEBACKS] = before[FULL_ERROR] or "0"
+    os.environ[FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,66 @@
+"""What a person sees of a run at its end: its metrics, the verdict on parity, where everything is.
+
+Without Lightning, which takes seconds to import: a process that supervises ranks shows results too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from equiloss.config import SPLIT_METRICS
+from equiloss.records.results import Result
+
+
+def show(result: Result, run_dir: Path) -> None:
+    """Print the final metrics, the parity verdict, and where everything is."""
+    console = Console()
+    table = Table(title=f"{result.loss['name']}: {result.status}")
+    table.add_column("metric")
+    splits = [split for split in ("val", "test") if f"{split}/loss" in result.metrics]
+    for split in splits:
+        table.add_column(split, justify="right")
+    for name in SPLIT_METRICS:
+        table.add_row(name, *(_readable(name, result.metrics[f"{s}/{name}"]) for s in splits))
+    console.print(table)
+    console.print(verdict(result.parity), soft_wrap=True, highlight=False)
+    timing = result.timing
+    if timing.get("train_s"):
+        console.print(
+            f"trained on {result.samples['train_seen']} samples in {timing['train_s']:.1f} s "
+            f"({timing['samples_per_s']:.0f} samples/s, {result.world_size} process"
+            f"{'es' if result.world_size > 1 else ''})",
+            highlight=False,
+        )
+    console.print(f"run directory: {run_dir}", soft_wrap=True, highlight=False)
+    console.print(f"look at it:    tensorboard --logdir {run_dir}", soft_wrap=True, highlight=False)
+
+
+def _readable(name: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.4g} nats" if name in ("loss", "nll") else f"{100 * value:.2f} %"
+
+
+def verdict(parity: dict[str, Any]) -> str:
+    """One line on whether the formulations matched.
+
+    >>> verdict({})
+    'parity: not checked'
+    """
+    if not parity.get("steps"):
+        return "parity: not checked"
+    formulations = {name: found for name, found in parity.items() if isinstance(found, dict)}
+    if parity["agree"]:
+        worst = max(found["ratio"] for found in formulations.values())
+        outside = {n: f["out_of_domain"] for n, f in formulations.items() if f["out_of_domain"]}
+        beyond = "".join(f"; {rows} rows out of the domain of {n}" for n, rows in outside.items())
+        return (
+            f"parity: {', '.join(formulations)} match at {parity['steps']} steps "
+            f"(largest error {worst:.2g} of its bound{beyond})"
+        )
+    wrong = [name for name, found in formulations.items() if not found["agree"]]
+    return f"parity: DIFFERS: {', '.join(wrong) or 'mass or all-reduced loss'}"

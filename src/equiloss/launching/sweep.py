@@ -1,0 +1,103 @@
+"""A sweep as a whole: its directory, who works on it, and how many jobs it has.
+
+A sweep directory is named by its overrides; the same command finds it again, leaves completed
+runs alone, continues interrupted ones and retries failed ones (see `equiloss.launching.claim`).
+How the jobs are doing is in its ledger (see `equiloss.launching.ledger`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from equiloss.distributed import membership
+from equiloss.errors import UserError
+from equiloss.launching.claim import hold
+from equiloss.launching.ledger import ATTEMPT, Entry, Ledger
+
+
+def direction(sweeper: Any, objective: str) -> str:
+    """Whether a sweep's objective is to become small or large: minimize | maximize."""
+    configured = sweeper.get("direction")
+    if configured is None:
+        return "maximize" if "acc" in objective else "minimize"
+    return str(configured)
+
+
+def number_of_jobs(config: DictConfig) -> int:
+    """Jobs of a multirun, as far as they can be known before it begins; 0 if they cannot."""
+    sweeper = config.hydra.sweeper
+    if sweeper.get("n_trials"):
+        return int(sweeper.n_trials)
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    chosen: dict[str, int] = {}
+    for override in OverridesParser.create().parse_overrides(
+        [*params, *config.hydra.overrides.task]
+    ):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            return 0
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [""]
+        chosen[override.get_key_element()] = len(values)
+    return math.prod(chosen.values())
+
+
+class SweepCallback(Callback):
+    """Holds the sweep's directory while Hydra works on it."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Claim the directory, and tell the jobs which attempt they belong to."""
+        if not membership.is_first():
+            return  # the first rank holds the directory for all of them
+        directory = Path(config.hydra.sweep.dir).absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            _held.enter_context(hold(directory, wait=config.in_use == "wait"))
+        except UserError as error:
+            # Hydra turns an exception of a callback into a warning, and goes on.
+            sys.exit(f"error: {error}")
+        os.environ[ATTEMPT] = uuid.uuid4().hex
+        Ledger(directory).begin(
+            os.environ[ATTEMPT],
+            jobs=number_of_jobs(config),
+            objective=config.objective,
+            direction=direction(config.hydra.sweeper, config.objective),
+        )
+        _current.append(directory)
+        sampler = config.hydra.sweeper.get("sampler")
+        if sampler is not None and "seed" in sampler and sampler.seed is None:
+            print(
+                "this sweep cannot be resumed: set hydra.sweeper.sampler.seed, so that the same "
+                "command tries the same values again",
+                file=sys.stderr,
+            )
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Nothing: `finish` closes a sweep, however it ended."""
+
+
+_held = ExitStack()
+_current: list[Path] = []
+
+
+def finish() -> tuple[Path, dict[int, Entry]] | None:
+    """Let go of the sweep that this process worked on; its directory and how its jobs ended.
+
+    Returns:
+        None if there was no sweep.
+    """
+    if not _current:
+        return None
+    directory = _current.pop()
+    entries = Ledger(directory).newest(os.environ.get(ATTEMPT, ""))
+    _held.close()
+    os.environ.pop(ATTEMPT, None)
+    return directory, entries

@@ -1,0 +1,97 @@
+"""How far a sweep has come, in one line and as a table, from its ledger."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from equiloss.errors import ConfigError
+from equiloss.launching.ledger import Attempt, Entry, Ledger
+
+
+def line(sweep_dir: Path, attempt: str) -> str:
+    """One line: jobs done, running, failed and left, the best so far, and the time left.
+
+    Args:
+        sweep_dir: The sweep's directory.
+        attempt: Which attempt at the sweep.
+    """
+    ledger = Ledger(sweep_dir)
+    begun = ledger.attempt(attempt)
+    return "" if begun is None else _line(sweep_dir, begun, ledger.newest(attempt))
+
+
+def table(sweep_dir: Path) -> tuple[Table, str]:
+    """A row for each job of the newest attempt at a sweep, and the line on all of them.
+
+    Raises:
+        ConfigError: if the directory is not a sweep's.
+    """
+    ledger = Ledger(sweep_dir)
+    begun = ledger.attempt()
+    if begun is None:
+        raise ConfigError(
+            f"{sweep_dir} holds no sweep: give the directory that `train.py -m` printed, which has "
+            f"a {ledger.path.name}"
+        )
+    entries = ledger.newest(begun.attempt)
+    best = _best(begun, entries)
+    shown = Table("job", title=sweep_dir.resolve().name)
+    shown.add_column("run", overflow="fold")  # a name that is cut short names nothing
+    for head in ("status", begun.objective, "time"):
+        shown.add_column(head)
+    for job, entry in entries.items():
+        value = "" if entry.objective is None else f"{entry.objective:.6g}"
+        seconds = time.time() - entry.time if entry.status == "running" else entry.seconds
+        shown.add_row(
+            str(job),
+            entry.directory,
+            "completed earlier" if entry.skipped else entry.status,
+            f"{value} (best)" if entry == best else value,
+            "" if entry.skipped or seconds is None else _duration(seconds),
+        )
+    return shown, _line(sweep_dir, begun, entries)
+
+
+def _line(sweep_dir: Path, begun: Attempt, entries: dict[int, Entry]) -> str:
+    counts = {
+        status: sum(entry.status == status for entry in entries.values())
+        for status in ("completed", "running", "failed", "interrupted")
+    }
+    parts = [f"{counts['completed']} done", f"{counts['running']} running"]
+    parts += [f"{counts[name]} {name}" for name in ("failed", "interrupted") if counts[name]]
+    if begun.jobs:
+        left = begun.jobs - len(entries)
+        parts.append(f"{left} left")
+        ended = [
+            entry for entry in entries.values() if entry.status != "running" and not entry.skipped
+        ]
+        if left and ended:
+            elapsed = time.time() - begun.began
+            seconds = elapsed / len(ended) * (left + counts["running"])
+            parts.append(f"about {_duration(seconds)} to go")
+    best = _best(begun, entries)
+    if best is not None:
+        parts.append(f"best {begun.objective} {best.objective:.6g} in {best.directory}")
+    return f"sweep {sweep_dir.name}: {', '.join(parts)}"
+
+
+def _best(begun: Attempt, entries: dict[int, Entry]) -> Entry | None:
+    found = [entry for entry in entries.values() if entry.objective is not None]
+    if not found:
+        return None
+    sign = -1 if begun.direction == "maximize" else 1
+    return min(found, key=lambda entry: sign * (entry.objective or 0.0))
+
+
+def _duration(seconds: float) -> str:
+    """A time to read.
+
+    >>> [_duration(seconds) for seconds in (5, 90, 4000)]
+    ['5 s', '2 min', '1.1 h']
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

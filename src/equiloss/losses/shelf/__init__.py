@@ -1,0 +1,1 @@
+"""Losses beside the three formulations of cross-entropy."""

@@ -1,0 +1,1 @@
+"""Networks by name: images [N, C, H, W] -> logits [N, K]."""

@@ -1,0 +1,164 @@
+"""Networks by name: images [N, C, H, W] -> logits [N, K].
+
+The networks written here use group and layer normalisation, so that no row's logits depend on
+the rows beside it: a step is then the same however its batch is split. Anything of torchvision
+goes by its own name, anything else through `model=custom`.
+
+A network that exposes `forward_features` and `head` lets a loss ask for the head's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equiloss.config import ModelConfig
+from equiloss.errors import ModelError, UserError, unknown
+from equiloss.imports import import_target
+from equiloss.models.dropout import RowKeys, key_dropout
+from equiloss.models.networks import MLP, ConvNet
+
+
+def build(
+    config: ModelConfig,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    rows: RowKeys,
+) -> nn.Module:
+    """Build the configured network and check that its head fits the data's classes.
+
+    Args:
+        config: Name and options.
+        num_classes: K.
+        image_shape: (C, H, W) of one image.
+        rows: What its dropout layers are told of the rows under way.
+
+    Raises:
+        ModelError: for an unknown name (with the near miss), options that the network does not
+            take, images that it cannot process, or logits of another shape than [N, K].
+    """
+    channels, height, width = image_shape
+    options = dict(config.options)
+    make: Callable[[], nn.Module]
+    if config.name == "convnet":
+        make = lambda: ConvNet(num_classes, channels, **options)  # noqa: E731
+    elif config.name == "mlp":
+        make = lambda: MLP(num_classes, channels * height * width, **options)  # noqa: E731
+    elif config.name == "custom":
+        function = import_target(str(config.target), "model.target", ModelError)
+        make = lambda: function(num_classes=num_classes, in_channels=channels, **options)  # noqa: E731
+    else:
+        make = lambda: _torchvision(config.name, num_classes, channels, options)  # noqa: E731
+    try:
+        model = make()
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"model {config.name!r} with options {options}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model {config.name!r} is a {type(model).__name__}, not an nn.Module")
+    key_dropout(model, rows)
+    return model
+
+
+def lay_out(config: ModelConfig, model: nn.Module) -> nn.Module:
+    """Put the weights of a network into the configured memory order, and compile it."""
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.compile:
+        model.compile()
+    return model
+
+
+def expose_head(name: str, model: nn.Module, num_classes: int, *, compiled: bool = False) -> None:
+    """Make sure that a network has `forward_features` and a linear `head`, for losses that ask.
+
+    A network of torchvision gets both: its last linear layer is the head, and its features are
+    what that layer is given.
+
+    Args:
+        name: The network's name, for error messages.
+        model: Changed in place; names in its state_dict stay.
+        num_classes: K.
+        compiled: Whether features go through torch.compile.
+
+    Raises:
+        ModelError: for a network without a linear head of K outputs.
+    """
+    if not hasattr(model, "forward_features"):
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        if heads and heads[-1].out_features == num_classes:
+            last = heads[-1]
+            # The layer itself stays, with its name and its parameters.
+            last.__class__ = _Head
+            # Past nn.Module's own: the head has a place in the network already.
+            object.__setattr__(model, "head", last)
+            object.__setattr__(model, "forward_features", lambda images: _features(model, images))
+    features: Any = getattr(model, "forward_features", None)
+    if features is None or not isinstance(getattr(model, "head", None), nn.Linear):
+        raise ModelError(
+            f"model {name!r} has no linear head that gives the logits, which this loss asks for: "
+            "a network of your own exposes `forward_features` and `head` (an nn.Linear)"
+        )
+    if compiled:
+        object.__setattr__(model, "forward_features", torch.compile(features))
+
+
+class _Head(nn.Linear):
+    """A linear layer that can let its input through."""
+
+    bypassed = False
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
+        return input if self.bypassed else super().forward(input)
+
+
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the head of a network of torchvision is given: [N, C, H, W] -> [N, D]."""
+    head = model.head
+    assert isinstance(head, _Head)
+    head.bypassed = True
+    try:
+        features: Tensor = model(images)
+    finally:
+        head.bypassed = False
+    return features
+
+
+def _torchvision(
+    name: str, num_classes: int, channels: int, options: dict[str, object]
+) -> nn.Module:
+    # Imported here: torchvision is slow to import, and the small networks do without it.
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ModelError(unknown("model", name, ["convnet", "mlp", "custom", *known]))
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary heads return a second set of logits while training.
+        options = {"aux_logits": False, "init_weights": True, **options}
+    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    _fit_stem(model, channels)
+    return model
+
+
+def _fit_stem(model: nn.Module, channels: int) -> None:
+    """Replace the first convolution by one that takes `channels` instead of 3."""
+    convolutions = (pair for pair in model.named_modules() if isinstance(pair[1], nn.Conv2d))
+    path, stem = next(convolutions, ("", None))
+    if not isinstance(stem, nn.Conv2d) or stem.in_channels == channels:
+        return
+    parent, _, attribute = path.rpartition(".")
+    fitted = nn.Conv2d(
+        channels,
+        stem.out_channels,
+        stem.kernel_size,  # type: ignore[arg-type]
+        stem.stride,  # type: ignore[arg-type]
+        stem.padding,  # type: ignore[arg-type]
+        bias=stem.bias is not None,
+    )
+    setattr(model.get_submodule(parent), attribute, fitted)

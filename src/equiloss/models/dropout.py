@@ -1,0 +1,94 @@
+"""Dropout whose masks belong to the samples, not to the batch that they are in.
+
+torch draws a mask for the rows of one forward pass, so the mask of a sample depends on the rank
+and the micro-batch that it is in, and on every draw before. Here it is a function of (seed, epoch,
+sample, layer): the same for every split of the batch, and after a resume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from equiloss.randomness import Stream, keyed_bits, more_uniform
+
+
+class RowKeys:
+    """What the dropout layers of a network must know of the rows in its forward pass.
+
+    Args:
+        seed: The run's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.keys: Tensor | None = None
+        """Hashed key of each row [n] int64, while a training step is under way."""
+
+    @contextmanager
+    def of(self, index: Tensor, epoch: int) -> Iterator[None]:
+        """Announce a forward (and backward) pass on these samples: positions in the split [n]."""
+        self.keys = keyed_bits(self.seed, epoch, index, 1, stream=Stream.DROPOUT).squeeze(1)
+        try:
+            yield
+        finally:
+            self.keys = None
+
+
+class KeyedDropout(nn.Dropout):
+    """`torch.nn.Dropout` with masks by sample: a value is 0 with probability p, else x / (1 - p).
+
+    Outside of a training step it is torch's own. A layer that a forward pass uses twice has the
+    same mask both times.
+
+    Args:
+        p: Probability that a value is dropped.
+        rows: The rows under way.
+        layer: Number of the layer, which its masks depend on.
+
+    Raises:
+        RuntimeError: (in a training step) for an input whose first axis is not the rows'.
+
+    >>> import torch
+    >>> rows = RowKeys(seed=0)
+    >>> layer, images = KeyedDropout(0.5, rows, layer=0), torch.ones(4, 8)
+    >>> with rows.of(torch.tensor([7, 1, 5, 3]), epoch=0):
+    ...     together = layer(images)
+    >>> with rows.of(torch.tensor([5]), epoch=0):
+    ...     torch.equal(layer(images[:1]), together[2:3])
+    True
+    """
+
+    def __init__(self, p: float, rows: RowKeys, layer: int) -> None:
+        super().__init__(p)
+        self.rows = rows
+        self.layer = layer
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
+        """Drop in training: any shape whose first axis is the rows', [n, …] -> [n, …]."""
+        keys = self.rows.keys
+        if not self.training or self.p == 0 or keys is None:
+            return super().forward(input)
+        if input.shape[:1] != keys.shape:
+            raise RuntimeError(
+                f"dropout on {list(input.shape)} in a forward pass of {len(keys)} rows: its first "
+                "axis must be the rows'"
+            )
+        uniform = more_uniform(keys, self.layer, math.prod(input.shape[1:]))  # [n, values]
+        kept = (uniform >= self.p).view(input.shape).to(input.dtype)
+        return input * kept * (1 / (1 - self.p) if self.p < 1 else 0.0)
+
+
+def key_dropout(model: nn.Module, rows: RowKeys) -> None:
+    """Replace every `torch.nn.Dropout` of a network by a `KeyedDropout`."""
+    places = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is nn.Dropout
+    ]
+    for layer, (module, name, child) in enumerate(places):
+        setattr(module, name, KeyedDropout(child.p, rows, layer))

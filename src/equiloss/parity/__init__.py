@@ -1,0 +1,1 @@
+"""Evidence, while a run trains, that the formulations are one function."""

@@ -1,0 +1,266 @@
+"""Evidence, while a run trains, that the formulations are one function.
+
+At parity steps each formulation is evaluated on the logits and targets of the global batch, with
+the run's own weights, smoothing and ignored rows, and held against the oracle row by row.
+Trained logits hide mistakes (at a margin of 20 forgotten class weights would pass), so each
+check also evaluates a *probe*: unit-normal logits with the same targets and options.
+
+Rows beyond a formulation's domain are counted and left out of its verdict: a healthy
+cross-entropy run whose logits spread past 87 must not be failed by its monitor.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from equiloss.config import ParityConfig
+from equiloss.distributed import collectives
+from equiloss.errors import PARITY_STOP, LossError, ParityError
+from equiloss.losses import reduction
+from equiloss.losses.criterion import Criterion
+from equiloss.losses.projection import Projection
+from equiloss.parity import oracle
+from equiloss.parity.agreement import Agreement, Rows, compare
+from equiloss.training.step import StepOutcome
+
+if TYPE_CHECKING:
+    from equiloss.training.classifier import Classifier
+
+log = logging.getLogger(__name__)
+
+
+class ParityMonitor(Callback):
+    """Holds every formulation against the oracle while a run trains.
+
+    Args:
+        config: How often, which formulations, and what a disagreement does.
+        criterion: The loss that trains; its weights, smoothing and ignored rows are used.
+        total_steps: Steps of a run that goes to its end; the last of them is checked.
+        seed: Seed of the probe.
+        class_counts: Rows of each training class, for formulations that want them.
+
+    Raises:
+        LossError: if a formulation is unknown, or lacks an option that the run uses.
+        ParityError: with policy=raise, on every rank, at the first disagreement.
+    """
+
+    def __init__(
+        self,
+        config: ParityConfig,
+        criterion: Criterion,
+        *,
+        total_steps: int,
+        seed: int,
+        class_counts: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.seed = seed
+        self.weight = criterion.weight(torch.float64, torch.device("cpu"))
+        self.ignore_index = criterion.ignore_index
+        self.label_smoothing = criterion.label_smoothing
+        self.formulations = {
+            name: _with_options_of(criterion, name, class_counts) for name in config.formulations
+        }
+        self.worst = {name: Agreement() for name in self.formulations}
+        self.mass_error = 0.0
+        self.global_error = 0.0
+        self.sums_agree = True
+        self.steps = 0
+        self._criterion = criterion
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: Classifier,  # type: ignore[override]
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Keep the loss as this step sees it: the optimizer may change parameters of its own."""
+        self._criterion = pl_module.criterion
+        due = self._is_due(pl_module.step_index)
+        pl_module.step.keep_head = due
+        if due and any(True for _ in self._criterion.parameters()):
+            self._criterion = copy.deepcopy(self._criterion)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Classifier,  # type: ignore[override]
+        outputs: Mapping[str, StepOutcome],  # type: ignore[override]
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Check this step's logits, if it is a parity step."""
+        step = pl_module.step_index - 1
+        if self._is_due(step):
+            scalars = self.check(outputs["outcome"], self._criterion, step, trainer.global_rank)
+            pl_module.record(scalars, step)
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.config.every_n_steps == 0 or step == self.total_steps - 1
+
+    def check(
+        self, outcome: StepOutcome, criterion: Criterion, step: int, rank: int
+    ) -> dict[str, float]:
+        """Compare one step's logits; every rank must call it. Returns the logged scalars."""
+        outputs, target = outcome.outputs, outcome.target
+        assert outputs is not None  # kept for this step
+        # A loss that takes features spares the logits in every other step.
+        logits = outputs.logits() if isinstance(outputs, Projection) else outputs
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        generator = torch.Generator().manual_seed((self.seed << 40) + (step << 16) + rank)
+        unit_normal = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
+        batch = self._with_oracle(logits, target)
+        probe = self._with_oracle(unit_normal.to(logits.device), target)
+
+        scalars: dict[str, float] = {}
+        disagreeing = []
+        for name, formulation in self.formulations.items():
+            found = compare(formulation, batch, probe)
+            self.worst[name].add(found)
+            scalars |= {
+                f"parity/{name}/loss_error": found.loss_error,
+                f"parity/{name}/grad_error": found.grad_error,
+                f"parity/{name}/ratio": found.ratio,
+                f"parity/{name}/nonfinite": float(found.nonfinite),
+            }
+            if not found.agree:
+                disagreeing.append(f"{name} (error {found.ratio:.3g} times its bound)")
+        scalars["parity/max_ratio"] = max(scalars[f"parity/{n}/ratio"] for n in self.formulations)
+
+        mass_error, mass_agrees = self._mass_error(outcome, batch)
+        global_error, global_agrees = self._global_error(outcome, criterion)
+        scalars["parity/global_error"] = global_error
+        self.mass_error = max(self.mass_error, mass_error)
+        self.global_error = max(self.global_error, global_error)
+        self.sums_agree = self.sums_agree and mass_agrees and global_agrees
+        if not mass_agrees:
+            disagreeing.append(f"the mass (off by {mass_error:.3g})")
+        if not global_agrees:
+            disagreeing.append(f"the all-reduced loss (off by {global_error:.3g} nats)")
+        self.steps += 1
+        if disagreeing:
+            self._report(step, disagreeing)
+        return scalars
+
+    def summary(self) -> dict[str, Any]:
+        """The verdict so far, as `results.json` holds it."""
+        per_formulation = {name: asdict(worst) for name, worst in self.worst.items()}
+        return {
+            **per_formulation,
+            "mass_error": self.mass_error,
+            "global_error": self.global_error,
+            "steps": self.steps,
+            "agree": self.sums_agree and all(worst.agree for worst in self.worst.values()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run continues from."""
+        return self.summary() | {"sums_agree": self.sums_agree}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.worst = {
+            name: Agreement(**state_dict[name]) if name in state_dict else Agreement()
+            for name in self.formulations
+        }
+        self.mass_error = state_dict["mass_error"]
+        self.global_error = state_dict["global_error"]
+        self.sums_agree = state_dict["sums_agree"]
+        self.steps = state_dict["steps"]
+
+    def _with_oracle(self, logits: Tensor, target: Tensor) -> Rows:
+        # The weights come from the configuration, not from the criterion under test.
+        exact = oracle.cross_entropy(
+            logits,
+            target,
+            weight=None if self.weight is None else self.weight.to(logits.device),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
+        return Rows(logits, target, exact)
+
+    def _mass_error(self, outcome: StepOutcome, batch: Rows) -> tuple[float, bool]:
+        """Largest difference between a mass that was used and the oracle's, and the verdict."""
+        logits, target, exact = batch
+        masses = torch.stack(
+            [
+                exact.mass,
+                *(f.mass(target, logits.dtype).double() for f in self.formulations.values()),
+            ]
+        )
+        rows = torch.tensor([len(target)], dtype=torch.float64, device=masses.device)
+        *summed, count = collectives.sum_over_ranks(torch.cat([masses, rows])).tolist()
+        error = max(abs(mass - summed[0]) for mass in (*summed[1:], outcome.mass))
+        if self.weight is None:
+            return error, error == 0
+        # Each rank's sum of weights rounds once per row.
+        return error, error <= count * torch.finfo(logits.dtype).eps * summed[0]
+
+    @staticmethod
+    def _global_error(outcome: StepOutcome, criterion: Criterion) -> tuple[float, bool]:
+        """The loss that trained against the loss of the gathered global batch on one rank."""
+        outputs = outcome.outputs
+        assert outputs is not None
+        everything: Tensor | Projection
+        if isinstance(outputs, Projection):
+            everything = outputs._replace(features=collectives.gather_rows(outputs.features))
+        else:
+            everything = collectives.gather_rows(outputs)  # [N, K]
+        all_target = collectives.gather_rows(outcome.target)
+        with torch.no_grad():
+            losses = criterion.per_sample(everything, all_target)  # [N]
+        mass = criterion.mass(all_target, losses.dtype)
+        error = abs(outcome.loss - reduction.mean(losses.sum(), mass).item())
+        # Any two orders of summation differ by at most N · eps · sum of |terms|.
+        scale = reduction.mean(losses.abs().sum(), mass).item()
+        eps = torch.finfo(losses.dtype).eps
+        bound = len(losses) * eps * scale
+        if isinstance(everything, Projection) and len(losses):
+            # The logits were made anew, from other numbers of rows: each product of a row and a
+            # class rounds D times (Higham, "Accuracy and stability", 2002, section 3.1), and a
+            # row's loss moves by twice the largest of them at most.
+            longest = everything.features.norm(dim=1).max() * everything.weight.norm(dim=1).max()
+            bound += 2 * everything.weight.shape[1] * eps * longest.item()
+        return error, error <= bound
+
+    def _report(self, step: int, disagreeing: list[str]) -> None:
+        message = f"{PARITY_STOP} {step}: {', '.join(disagreeing)} differ from the oracle"
+        if self.config.policy == "raise":
+            raise ParityError(message)
+        if self.config.policy == "warn":
+            log.warning(message)
+
+
+def _with_options_of(
+    criterion: Criterion, name: str, class_counts: Tensor | Sequence[int] | None
+) -> Criterion:
+    """The formulation `name` with the run's weights, smoothing and ignored rows."""
+    options = criterion.options
+    shared = {
+        "weight": options.get("weight"),
+        "ignore_index": options.get("ignore_index"),
+        "label_smoothing": options.get("label_smoothing") or 0.0,
+    }
+    used = {key: value for key, value in shared.items() if value not in (None, 0.0)}
+    if used.get("ignore_index") == -100:
+        # PyTorch's default: every run has it, few have such rows.
+        del used["ignore_index"]
+    probe = Criterion(name, class_counts=class_counts)
+    if probe.signature.wants_features:
+        raise LossError(f"parity.formulations: {name!r} takes features, not logits; leave it out")
+    for key in used:
+        if key not in probe.signature.supported:
+            raise LossError(
+                f"parity.formulations: {name!r} has no {key}, which this run uses; leave it out"
+            )
+    return Criterion(name, class_counts=class_counts, **used)

@@ -1,0 +1,160 @@
+"""What a run leaves behind in numbers: `metrics.csv` and `results.json`.
+
+metrics.csv holds every logged value as repr(float64), which reads back to the same bits: it is
+the source of all curves and comparisons. (TensorBoard's scalars are float32.)
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from equiloss.config import SPLIT_METRICS
+from equiloss.records.atomic import write_atomically
+from equiloss.records.run_dir import EVALUATION, METRICS, RESULTS
+
+if TYPE_CHECKING:
+    import torch
+
+
+TRAIN_METRICS = ("loss", "grad_norm", "lr", "samples_per_s", "skipped_steps")
+
+
+def metric_names(formulations: Sequence[str]) -> list[str]:
+    """Every name that a run logs, the same for every loss.
+
+    >>> metric_names(["cross_entropy"])[-3:]
+    ['parity/cross_entropy/nonfinite', 'parity/max_ratio', 'parity/global_error']
+    """
+    return [
+        *(f"train/{name}" for name in TRAIN_METRICS),
+        *(f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS),
+        *(
+            f"parity/{formulation}/{name}"
+            for formulation in formulations
+            for name in ("loss_error", "grad_error", "ratio", "nonfinite")
+        ),
+        "parity/max_ratio",
+        "parity/global_error",
+    ]
+
+
+def read_metrics(directory: Path, name: str) -> list[float]:
+    """Every logged value of one metric of a run, in the order of the steps."""
+    with (directory / METRICS).open(newline="", encoding="utf-8") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+@dataclass
+class Result:
+    """A run in numbers, as `results.json` holds it."""
+
+    status: str
+    """completed | failed | interrupted."""
+    config_hash: str
+    loss: dict[str, Any]
+    """Name and options."""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """Final value of every metric, by its logged name; null where it is not finite."""
+    parity: dict[str, Any] = field(default_factory=dict)
+    """Worst agreement of each formulation, and the verdict."""
+    samples: dict[str, int] = field(default_factory=dict)
+    """Samples trained on (`train_seen`), and evaluated in `val` and `test`."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """Optimizer steps `taken`, of which `skipped` and of which without mass (`zero_mass`)."""
+    world_size: int = 1
+    """Ranks of the real process group."""
+    segments: list[dict[str, int]] = field(default_factory=list)
+    """From which optimizer step on (`from_step`) how many ranks (`world_size`) trained: one entry,
+    and another for each time that the run was continued."""
+    timing: dict[str, float] = field(default_factory=dict)
+    """startup_s, train_s (without evaluation), samples_per_s."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Versions, device, cpu, threads, git commit."""
+    error: str | None = None
+    """Why it failed."""
+
+    def write(self, directory: Path) -> None:
+        """Replace the directory's results.json; values that are not finite become null."""
+        data = asdict(self)
+        if self.error is None:
+            del data["error"]
+        text = json.dumps(_json_ready(data), indent=2, allow_nan=False)
+        write_atomically(directory / RESULTS, text + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Result:
+        """Read a directory's results.json."""
+        return cls(**json.loads((directory / RESULTS).read_text(encoding="utf-8")))
+
+
+def write_evaluations(
+    directory: Path, evaluated: Mapping[str, Mapping[str, Any]], class_names: Sequence[str]
+) -> None:
+    """Replace the directory's evaluation.json: what the metrics of each split were made from.
+
+    Per split: `confusion`, rows by (true class, predicted class) [K][K], null for more than 100
+    classes; and `calibration`, with for each of 15 equal bins of confidence the number of `rows`,
+    the sum of their confidences and the rows that were `right`.
+    """
+    data = {"class_names": list(class_names), **evaluated}
+    write_atomically(directory / EVALUATION, json.dumps(data) + "\n")
+
+
+def environment(device: torch.device, shards: int | None = None) -> dict[str, Any]:
+    """What the numbers of a run may depend on, beside its configuration."""
+    # Imported here: who reads results does without it, and starts seconds earlier.
+    import torch
+
+    packages = ("equiloss", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core")
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        # Where the reduction is bitwise: virtual shards of a global batch.
+        **({} if shards is None else {"shards": shards}),
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the working directory, with `-dirty` where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == os.EX_OK else None
+
+
+def _json_ready(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,148 @@
+"""What TensorBoard shows of a run beside its scalars: hparams, chart layout, config, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard.summary import hparams
+
+if TYPE_CHECKING:
+    pass
+
+# The same keys for every loss, so that the HPARAMS tab keeps its columns in a sweep over losses.
+HPARAMS = (
+    "seed",
+    "loss.name",
+    "loss.label_smoothing",
+    "loss.weight",
+    "data.name",
+    "data.batch_size",
+    "model.name",
+    "optimizer.name",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "scheduler.name",
+    "trainer.devices",
+    "trainer.micro_batch_size",
+    "trainer.precision",
+)
+# The tab shows five columns until it is told to show more.
+FIRST = ("loss.name", "loss.options", "optimizer.lr", "seed", "trainer.devices")
+NULLABLE = ("loss.label_smoothing", "loss.weight", "trainer.micro_batch_size")
+WORST = 16
+
+
+class RunTensorBoard(TensorBoardLogger):
+    """Event files in the run directory itself, with hparams, chart layout and config.
+
+    Args:
+        directory: The run directory.
+        config: The resolved configuration.
+        config_text: The same, as YAML.
+        metrics: Names of the metrics that may be logged.
+        formulations: Losses whose parity errors share a chart.
+        first_step: Step from which on an earlier attempt's scalars are void, or None.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        config: Mapping[str, Any],
+        config_text: str,
+        metrics: Sequence[str],
+        formulations: Sequence[str],
+        first_step: int | None = None,
+    ) -> None:
+        super().__init__(
+            directory, name="", version="", default_hp_metric=False, purge_step=first_step
+        )
+        self._config = config
+        self._config_text = config_text
+        self._metrics = metrics
+        self._formulations = formulations
+
+    @rank_zero_only
+    def describe_run(self) -> None:
+        """Write hparams, chart layout and config; the metrics' values come with the scalars."""
+        writer = self.experiment
+        values = hparam_values(self._config)
+        # The tab shows its first columns: what a sweep is judged by.
+        metrics = sorted(self._metrics, key=lambda name: not name.startswith(("test/", "val/")))
+        for summary in hparams(values, dict.fromkeys(metrics)):  # type: ignore[no-untyped-call]
+            _put_first(summary)
+            writer.file_writer.add_summary(summary)
+        writer.add_custom_scalars(chart_layout(self._formulations))
+        writer.add_text("config", f"```yaml\n{self._config_text}```", 0)
+        writer.flush()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Flush. Lightning would write an hparams.yaml beside our config.yaml."""
+        self.experiment.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Flush; the test after a fit goes on in the same file."""
+        self.experiment.flush()
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Close the event file."""
+        self.experiment.close()
+
+
+def _put_first(summary: Summary) -> None:
+    """Mark the columns of `FIRST` as those in which runs differ: the tab shows these."""
+    for value in summary.value:
+        data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for info in data.experiment.hparam_infos:
+            info.differs = info.name in FIRST
+        value.metadata.plugin_data.content = data.SerializeToString()
+
+
+def hparam_values(config: Mapping[str, Any]) -> dict[str, bool | str | float]:
+    """Values of `HPARAMS`, and the loss's own options in one text.
+
+    >>> values = hparam_values({"seed": 1, "loss": {"name": "poly1", "epsilon": 2.0}})
+    >>> values["loss.name"], values["loss.options"], values["loss.weight"]
+    ('poly1', '{"epsilon": 2.0}', 'null')
+    """
+    values: dict[str, bool | str | float] = {}
+    for key in HPARAMS:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        # A column needs one type: what may be null, or a list, is text in every run.
+        numeric = isinstance(value, (int, float)) and key not in NULLABLE
+        values[key] = value if numeric or isinstance(value, str) else json.dumps(value)
+    loss = dict(config["loss"])
+    for key in ("name", "label_smoothing", "weight", "ignore_index"):
+        loss.pop(key, None)
+    values["loss.options"] = json.dumps(loss)
+    return values
+
+
+def chart_layout(formulations: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Custom charts: all formulations' parity errors together, and training beside validation."""
+    return {
+        "parity": {
+            title: ["Multiline", [f"parity/{name}/{key}$" for name in formulations]]
+            for title, key in (
+                ("loss error (nats)", "loss_error"),
+                ("gradient error (mass × d loss / d logits)", "grad_error"),
+                ("error / bound", "ratio"),
+            )
+        },
+        "training": {
+            "loss (nats)": ["Multiline", ["train/loss$", "val/loss$"]],
+            "accuracy": ["Multiline", ["val/acc$", "val/balanced_acc$", "val/acc_top5$"]],
+        },
+    }

@@ -1,0 +1,1 @@
+"""The Lightning side of a run: the module, its step, metrics, checkpoints and Trainer."""

@@ -1,0 +1,97 @@
+"""The confusion matrix and the worst-classified images of the test split, for TensorBoard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from equiloss.data.sampler import Slice
+from equiloss.distributed import collectives
+from equiloss.records.plots import draw_confusion
+from equiloss.records.tensorboard import RunTensorBoard
+
+if TYPE_CHECKING:
+    from equiloss.data.datasets import Batch, Splits
+    from equiloss.training.classifier import Classifier
+
+WORST = 16
+
+
+class EvaluationFigures(Callback):
+    """Draws the confusion matrix and the worst-classified images of the test split.
+
+    Args:
+        splits: The data, for class names and images.
+    """
+
+    def __init__(self, splits: Splits) -> None:
+        self.splits = splits
+        self._worst = torch.empty(0, 4, dtype=torch.float64)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Classifier,  # type: ignore[override]
+        outputs: Tensor,  # type: ignore[override]
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the rows with the largest negative log-likelihood."""
+        logits, target = outputs.float(), batch.target
+        if target.is_floating_point():
+            target = target.argmax(-1)
+        ignore_index = pl_module.criterion.ignore_index
+        if ignore_index is None:
+            ignore_index = -100
+        # An ignored row has loss 0 and sorts last.
+        nll = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+        columns = (nll, batch.index, target, logits.argmax(-1))
+        rows = torch.stack([column.double() for column in columns], dim=1)  # [n, 4]
+        self._worst = _largest(torch.cat([self._worst.to(rows.device), rows]))
+
+    def on_test_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
+        """Draw, on the first rank; every rank takes part in the gathering."""
+        worst = _largest(collectives.gather_rows(self._worst)).cpu()
+        self._worst = torch.empty(0, 4, dtype=torch.float64)
+        if not trainer.is_global_zero:
+            return
+        confusion = pl_module.evaluated["test"].confusion.cpu()
+        step = max(pl_module.step_index - 1, 0)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunTensorBoard):
+                names = self.splits.class_names
+                logger.experiment.add_figure(
+                    "test/confusion", draw_confusion(confusion, names), step
+                )
+                figure = draw_worst(worst, self.splits)
+                logger.experiment.add_figure("test/worst_images", figure, step)
+
+
+def draw_worst(worst: Tensor, splits: Splits) -> Figure:
+    """Images with the largest loss: rows (nll, index, true class, predicted class) [n, 4]."""
+    columns = 4
+    lines = max(-(-len(worst) // columns), 1)
+    figure = Figure(figsize=(2 * columns, 2.5 * lines), layout="constrained")
+    images = splits.test.__getitems__(Slice(0, worst[:, 1].long())).images  # [n, C, H, W]
+    for place, (image, row) in enumerate(zip(images, worst.tolist(), strict=True), start=1):
+        nll, _, target, predicted = row
+        axes = figure.add_subplot(lines, columns, place)
+        picture = image.permute(1, 2, 0).numpy()  # [C, H, W] -> [H, W, C]
+        axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray")
+        axes.set_title(
+            f"{splits.class_names[int(target)]}, taken for\n"
+            f"{splits.class_names[int(predicted)]}: {nll:.2f} nats",
+            fontsize=8,
+        )
+        axes.set_axis_off()
+    return figure
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return rows[rows[:, 0].argsort(descending=True)[:WORST]]

@@ -1,0 +1,149 @@
+"""Metrics of an evaluation, exact over any number of ranks.
+
+Every state is a sum over samples, in integers or float64, so adding the ranks' states gives the
+figures of one device. (Averaging the ranks' averages does not, and neither does padding.)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from equiloss.losses.criterion import LossSum
+
+CALIBRATION_BINS = 15
+SCALARS = ("loss_total", "loss_mass", "nll_total")
+COUNTS = ("samples", "rows", "top5")
+STATES = (*SCALARS, *COUNTS, "confusion", "calibration")
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation found."""
+
+    scalars: dict[str, float]
+    """loss and nll in nats; acc, balanced_acc, acc_top5 and ece in [0, 1]."""
+    samples: int
+    """Samples seen over all ranks, ignored ones included."""
+    confusion: Tensor
+    """Rows by (true class, predicted class) [K, K], int64."""
+    calibration: Tensor
+    """Per bin of confidence: rows, sum of confidences, rows predicted rightly [3, B], float64."""
+
+    def as_dict(self, *, matrix: bool) -> dict[str, Any]:
+        """Confusion matrix (null unless asked for) and calibration, as evaluation.json has them."""
+        bins = zip(("rows", "confidence", "right"), self.calibration.tolist(), strict=True)
+        return {
+            "confusion": self.confusion.tolist() if matrix else None,
+            "calibration": dict(bins),
+        }
+
+
+class EvaluationMetric(Metric):
+    """Loss, negative log-likelihood, accuracies, calibration error and confusion matrix.
+
+    - `loss`: the configured loss, total over mass.
+    - `nll`: plain cross-entropy, comparable between runs with different losses.
+    - `acc`: share of rows whose largest logit is the true class (micro average).
+    - `balanced_acc`: mean over the classes that occur of the share of their rows that is right
+      (macro-averaged recall); Brodersen et al., "The balanced accuracy and its posterior
+      distribution", ICPR 2010.
+    - `acc_top5`: share of rows whose true class is among the min(5, K) largest logits.
+    - `ece`: expected calibration error over 15 equal bins of the largest probability; Guo et al.,
+      "On Calibration of Modern Neural Networks", ICML 2017. It keeps sums per bin, not every
+      confidence.
+
+    Rows whose target is `ignore_index` count in `samples` alone. Soft targets count by their
+    largest class, except in `loss` and `nll`.
+
+    Args:
+        num_classes: K.
+        ignore_index: Integer target of the rows that are left out, or None.
+    """
+
+    full_state_update = False
+    loss_total: Tensor
+    loss_mass: Tensor
+    nll_total: Tensor
+    samples: Tensor
+    rows: Tensor
+    top5: Tensor
+    confusion: Tensor
+    calibration: Tensor
+
+    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        for name in SCALARS:
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in COUNTS:
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.add_state("confusion", confusion, dist_reduce_fx="sum")
+        bins = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)
+        self.add_state("calibration", bins, dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor, loss: LossSum) -> None:
+        """Add a batch: logits [N, K], target [N] or [N, K], and the loss's sums over it."""
+        self.samples += len(target)
+        self.loss_total += loss.total.double()
+        self.loss_mass += loss.mass.double()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.ignore_index is not None and not target.is_floating_point():
+            kept = target != self.ignore_index
+            logits, target = logits[kept], target[kept]
+        self.rows += len(target)
+        self.nll_total += F.cross_entropy(logits, target, reduction="none").double().sum()
+
+        if target.is_floating_point():
+            target = target.argmax(-1)
+        k = min(5, self.num_classes)
+        self.top5 += (logits.topk(k, dim=-1).indices == target.unsqueeze(-1)).sum()
+        confidence, predicted = logits.softmax(-1).max(-1)  # [N, K] -> [N], [N]
+        pairs = target * self.num_classes + predicted  # [N]
+        self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(
+            self.confusion
+        )
+        # A confidence that is NaN belongs nowhere: it makes the first bin, and with it ece, NaN.
+        bins = (confidence.nan_to_num() * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        right = (predicted == target).double()
+        per_row = torch.stack([torch.ones_like(right), confidence.double(), right])  # [3, N]
+        self.calibration.index_add_(1, bins, per_row)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The summed states; torchmetrics has added the ranks' before this runs."""
+        return {name: getattr(self, name).clone() for name in STATES}
+
+    def evaluate(self) -> Evaluated:
+        """Add up the ranks and work out every figure."""
+        sums: dict[str, Tensor] = self.compute()
+        rows = max(int(sums["rows"]), 1)
+        mass = float(sums["loss_mass"])
+        # torchmetrics squeezes what has one element, as the matrix of a single class does.
+        confusion = sums["confusion"].view(self.num_classes, self.num_classes)
+        _, confidence, right = sums["calibration"]
+        scalars = {
+            "loss": float(sums["loss_total"]) / mass if mass > 0 else 0.0,
+            "nll": float(sums["nll_total"]) / rows,
+            "acc": int(confusion.trace()) / rows,
+            "balanced_acc": _balanced_accuracy(confusion),
+            "acc_top5": int(sums["top5"]) / rows,
+            "ece": float((right - confidence).abs().sum()) / rows,
+        }
+        return Evaluated(scalars, int(sums["samples"]), confusion, sums["calibration"])
+
+
+def _balanced_accuracy(confusion: Tensor) -> float:
+    """Mean recall of the classes that occur, from counts [K, K]; 0 without a row.
+
+    >>> _balanced_accuracy(torch.tensor([[8, 2, 0], [1, 1, 0], [0, 0, 0]]))
+    0.65
+    """
+    rows = confusion.sum(1)  # [K]
+    occurs = rows > 0
+    recalls = confusion.diagonal()[occurs].double() / rows[occurs].double()
+    return float(recalls.mean()) if len(recalls) else 0.0

@@ -1,0 +1,119 @@
+"""Dropout by sample: torch's distribution, and the same mask for a sample in any company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from equiloss.config import ModelConfig
+from equiloss.models.build import build
+from equiloss.models.dropout import KeyedDropout, RowKeys, key_dropout
+from equiloss.preflight.network import draws_by_batch
+
+each_p = pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+
+
+def masks(p: float, index: torch.Tensor, *, epoch: int = 0, seed: int = 0, layer: int = 0):
+    """What becomes of ones [n, 1000]."""
+    rows = RowKeys(seed)
+    with rows.of(index, epoch):
+        return KeyedDropout(p, rows, layer)(torch.ones(len(index), 1000, dtype=torch.float64))
+
+
+@each_p
+def test_values_are_dropped_with_probability_p_and_scaled(p: float) -> None:
+    found = masks(p, torch.arange(1000))
+    assert found.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
+    dropped = (found == 0).double().mean().item()
+    # A million draws: five standard deviations of their mean.
+    assert abs(dropped - p) < 5 * (p * (1 - p) / 1e6) ** 0.5
+    # Neither rows nor columns are alike: a thousand draws each.
+    for axis in (0, 1):
+        shares = (found == 0).double().mean(axis)
+        assert abs(shares - p).max() < 6 * (p * (1 - p) / 1e3) ** 0.5
+
+
+def test_a_sample_has_its_mask_in_any_batch() -> None:
+    together = masks(0.5, torch.tensor([4, 9, 2]))
+    assert torch.equal(masks(0.5, torch.tensor([2, 4])), together[[2, 0]])
+
+
+def test_seed_epoch_sample_and_layer_make_another_mask() -> None:
+    index = torch.tensor([3])
+    mask = masks(0.5, index)
+    for other in (
+        masks(0.5, index, seed=1),
+        masks(0.5, index, epoch=1),
+        masks(0.5, index, layer=1),
+        masks(0.5, index + 1),
+    ):
+        # Independent halves agree on half of the values, give or take five deviations.
+        assert abs((mask == other).double().mean() - 0.5) < 5 * 0.5 / 1000**0.5
+
+
+def test_the_gradient_goes_through_what_was_kept() -> None:
+    rows = RowKeys(0)
+    features = torch.ones(2, 3, 4, requires_grad=True)
+    with rows.of(torch.tensor([0, 1]), 0):
+        dropped = KeyedDropout(0.5, rows, 0)(features)
+    dropped.sum().backward()
+    assert torch.equal(features.grad, dropped.detach())
+
+
+def test_a_slice_without_rows_passes() -> None:
+    assert masks(0.5, torch.empty(0, dtype=torch.int64)).shape == (0, 1000)
+
+
+def test_everything_and_nothing() -> None:
+    assert masks(1.0, torch.arange(2)).sum() == 0
+    assert masks(0.0, torch.arange(2)).sum() == 2000
+
+
+def test_outside_of_a_step_it_is_torchs_own() -> None:
+    layer = KeyedDropout(0.5, RowKeys(0), 0)
+    torch.manual_seed(0)
+    found = layer(torch.ones(4, 4))
+    torch.manual_seed(0)
+    assert torch.equal(found, nn.Dropout(0.5)(torch.ones(4, 4)))
+    assert torch.equal(layer.eval()(torch.ones(4)), torch.ones(4))
+
+
+def test_another_first_axis_is_refused() -> None:
+    rows = RowKeys(0)
+    with (
+        rows.of(torch.arange(2), 0),
+        pytest.raises(RuntimeError, match=r"dropout on \[3, 5\] in a forward pass of 2 rows"),
+    ):
+        KeyedDropout(0.5, rows, 0)(torch.ones(3, 5))
+
+
+def test_layers_of_a_network_are_replaced_and_differ() -> None:
+    rows = RowKeys(0)
+    model = nn.Sequential(nn.Dropout(0.2), nn.Sequential(nn.Dropout(0.3)))
+    key_dropout(model, rows)
+    layers = [module for module in model.modules() if isinstance(module, KeyedDropout)]
+    assert [(layer.p, layer.layer) for layer in layers] == [(0.2, 0), (0.3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "left"),
+    [
+        ("convnet", {"dropout": 0.1}, []),
+        ("mlp", {"dropout": 0.1}, []),
+        ("vgg11", {}, []),
+        ("efficientnet_b0", {}, ["StochasticDepth"]),
+        ("vit_b_16", {}, []),
+        ("vit_b_16", {"attention_dropout": 0.1}, ["MultiheadAttention"]),
+    ],
+)
+def test_what_still_draws_by_batch_is_known(name: str, options: dict, left: list[str]) -> None:
+    size = 8 if name in ("convnet", "mlp") else 224
+    model = build(
+        ModelConfig(name=name, options=options),
+        num_classes=3,
+        image_shape=(3, size, size),
+        rows=RowKeys(0),
+    )
+    assert draws_by_batch(model) == left
+    assert any(isinstance(module, KeyedDropout) for module in model.modules())

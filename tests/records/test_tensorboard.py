@@ -1,0 +1,111 @@
+"""What TensorBoard will find in a run directory, read back from the event file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from equiloss.data.sampler import Slice
+from equiloss.records.plots import draw_confusion
+from equiloss.records.results import metric_names, read_metrics
+from equiloss.records.tensorboard import HPARAMS, chart_layout
+from equiloss.run import run
+from equiloss.training.evaluation_figures import draw_worst
+from support import composed
+
+FORMULATIONS = ["softmax_nll", "log_softmax_nll", "cross_entropy"]
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    directory = tmp_path_factory.mktemp("run")
+    options = ("callbacks=quiet", "model.options.widths=[8,16]", "trainer.max_epochs=2")
+    run(composed("loss=label_smoothing", *options), directory)
+    (file,) = directory.glob("events.*")
+    return EventAccumulator(str(file), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def test_every_metric_is_a_scalar(events: EventAccumulator) -> None:
+    assert set(metric_names(FORMULATIONS)) <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(46))
+    assert [event.step for event in events.Scalars("val/nll")] == [22, 45]
+
+
+def test_scalars_are_those_of_metrics_csv_in_float32(events: EventAccumulator) -> None:
+    exact = read_metrics(Path(events.path).parent, "train/loss")
+    shown = [event.value for event in events.Scalars("train/loss")]
+    assert shown == torch.tensor(exact, dtype=torch.float64).float().tolist()
+
+
+def plugin_data(events: EventAccumulator, tag: str) -> bytes:
+    content: bytes = events.SummaryMetadata(tag).plugin_data.content
+    return content
+
+
+def test_hparams_have_the_constant_keys(events: EventAccumulator) -> None:
+    experiment = HParamsPluginData.FromString(
+        plugin_data(events, "_hparams_/experiment")
+    ).experiment
+    assert {info.name for info in experiment.hparam_infos} == {*HPARAMS, "loss.options"}
+    shown = {info.name.tag for info in experiment.metric_infos}
+    assert shown == set(metric_names(FORMULATIONS))
+    start = HParamsPluginData.FromString(
+        plugin_data(events, "_hparams_/session_start_info")
+    ).session_start_info
+    assert start.hparams["loss.name"].string_value == "cross_entropy"
+    assert start.hparams["loss.label_smoothing"].string_value == "0.1"
+    assert json.loads(start.hparams["loss.options"].string_value) == {"z_loss": 0.0}
+
+
+def test_the_three_formulations_share_a_chart(events: EventAccumulator) -> None:
+    (tensor,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(tensor.tensor_proto.string_val[0])
+    charts = {
+        chart.title: list(chart.multiline.tag)
+        for category in layout.category
+        for chart in category.chart
+    }
+    expected = [f"parity/{name}/loss_error$" for name in FORMULATIONS]
+    assert charts["loss error (nats)"] == expected
+    assert set(chart_layout(FORMULATIONS)) == {"parity", "training"}
+
+
+def test_the_config_is_there_as_text(events: EventAccumulator) -> None:
+    (tensor,) = events.Tensors("config/text_summary")
+    assert b"label_smoothing: 0.1" in tensor.tensor_proto.string_val[0]
+
+
+def test_figures_are_there(events: EventAccumulator) -> None:
+    for tag in ("test/confusion", "test/worst_images"):
+        (image,) = events.Images(tag)
+        assert image.encoded_image_string.startswith(b"\x89PNG")
+        assert image.width > 300
+
+
+def test_the_confusion_matrix_shows_its_counts() -> None:
+    figure = draw_confusion(torch.tensor([[3, 1], [0, 7]]), ["cat", "dog"])
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["3", "1", "7"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
+
+
+def test_the_worst_images_are_those_with_the_largest_loss() -> None:
+    from equiloss.config import DataConfig
+    from equiloss.data import datasets
+
+    splits = datasets.load(DataConfig(name="digits"))
+    worst = torch.tensor([[5.0, 2, 1, 7], [3.0, 0, 4, 9]], dtype=torch.float64)
+    figure = draw_worst(worst, splits)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "1, taken for\n7: 5.00 nats",
+        "4, taken for\n9: 3.00 nats",
+    ]
+    shown = torch.as_tensor(figure.axes[0].images[0].get_array())
+    batch = splits.test.__getitems__(Slice(0, torch.tensor([2])))
+    assert torch.equal(shown, batch.images[0, 0])

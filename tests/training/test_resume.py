@@ -1,0 +1,315 @@
+"""A run that was stopped anywhere and goes on is the run that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from equiloss import randomness
+from equiloss.errors import CheckpointError, UserError
+from equiloss.invariance.interruption import bits
+from equiloss.records.results import Result, read_metrics
+from equiloss.records.run_dir import METRICS
+from equiloss.run import run
+from equiloss.training.classifier import Classifier
+from support import PYTHONPATH, ROOT, Train, composed, slow
+
+# 38 training rows in batches of 9: five steps an epoch, the last one of 2 rows. The network
+# draws from every random generator.
+SMALL = (
+    "callbacks=quiet",
+    "logger=csv",
+    "data=synthetic",
+    "data.options={num_samples: 60}",
+    "data.batch_size=9",
+    "data.augment.shift=1",
+    "model=custom",
+    "model.target=stand_ins:noisy",
+    "trainer.max_epochs=3",
+    "checkpoint.every_n_steps=1",
+    "parity.every_n_steps=4",
+)
+STEPS = 15
+
+
+class StopError(Exception):
+    """Stands for whatever ends a process."""
+
+
+class StopBefore(Callback):
+    """Raises when an optimizer step is about to begin."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: Classifier,  # type: ignore[override]
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if pl_module.step_index == self.step:
+            raise StopError
+
+
+class StopBeforeTest(Callback):
+    """Raises when everything but the test is done."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        raise StopError
+
+
+class StopBeforeValidation(Callback):
+    """Raises between an epoch's last step and its validation."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise StopError
+
+
+class StopAfterValidation(StopBeforeValidation):
+    """Raises between an epoch's validation and the checkpoint after it."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pass
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise StopError
+
+
+def stopped_and_continued(directory: Path, stop: Callback, *overrides: str) -> Result:
+    with pytest.raises(StopError):
+        run(composed(*SMALL, *overrides), directory, callbacks=[stop])
+    return run(composed(*SMALL, *overrides), directory)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole")
+    assert run(composed(*SMALL), directory).steps["taken"] == STEPS
+    return directory
+
+
+def assert_same(directory: Path, reference: Path) -> None:
+    assert set(bits(directory, reference).values()) == {0}
+    ours, theirs = (Result.read(place) for place in (directory, reference))
+    for result in (ours, theirs):
+        del result.metrics["train/samples_per_s"]
+    for part in ("status", "metrics", "parity", "samples", "steps", "loss", "config_hash"):
+        assert getattr(ours, part) == getattr(theirs, part), part
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_from_any_step(step: int, whole: Path, tmp_path: Path) -> None:
+    result = stopped_and_continued(tmp_path, StopBefore(step))
+    assert_same(tmp_path, whole)
+    assert [segment["from_step"] for segment in result.segments] == [0, step]
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        StopBeforeTest(),
+        StopBeforeValidation(0),
+        StopBeforeValidation(2),
+        StopAfterValidation(1),
+        StopAfterValidation(2),
+    ],
+    ids=lambda stop: f"{type(stop).__name__}-{getattr(stop, 'epoch', '')}",
+)
+def test_around_the_evaluations(stop: Callback, whole: Path, tmp_path: Path) -> None:
+    stopped_and_continued(tmp_path, stop)
+    assert_same(tmp_path, whole)
+
+
+def test_twice(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        run(composed(*SMALL), tmp_path, callbacks=[StopBefore(3)])
+    result = stopped_and_continued(tmp_path, StopBefore(11))
+    assert_same(tmp_path, whole)
+    assert [segment["from_step"] for segment in result.segments] == [0, 3, 11]
+
+
+def test_from_an_older_checkpoint(tmp_path: Path) -> None:
+    """What was logged after it is logged again, and stands there once."""
+    sparse = "checkpoint.every_n_steps=3"
+    run(composed(*SMALL, sparse), tmp_path / "whole")
+    result = stopped_and_continued(tmp_path / "cut", StopBefore(8), sparse)
+    assert [segment["from_step"] for segment in result.segments] == [0, 6]
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("schedule", ["scheduler=one_cycle", "scheduler=constant"])
+def test_optimizers_and_schedules(schedule: str, tmp_path: Path) -> None:
+    options = (schedule, "optimizer=adamw", "trainer.precision=64-true")
+    run(composed(*SMALL, *options), tmp_path / "whole")
+    stopped_and_continued(tmp_path / "cut", StopBefore(7), *options)
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_max_steps_inside_an_epoch(tmp_path: Path) -> None:
+    options = ("trainer.max_steps=8",)
+    run(composed(*SMALL, *options), tmp_path / "whole")
+    stopped_and_continued(tmp_path / "cut", StopBeforeTest(), *options)
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_what_early_stopping_had_ended_stays_ended(tmp_path: Path) -> None:
+    options = (
+        "early_stopping.enabled=true",
+        "early_stopping.patience=1",
+        "early_stopping.min_delta=10",
+    )
+    assert run(composed(*SMALL, *options), tmp_path / "whole").steps["taken"] == 10
+    stopped_and_continued(tmp_path / "cut", StopBeforeTest(), *options)
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_the_comparison_notices_a_generator_that_was_not_put_back(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(randomness, "restore", lambda *_: None)
+    stopped_and_continued(tmp_path, StopBefore(7))
+    found = bits(tmp_path, whole)
+    assert found["weights"] > 0
+    assert found["generators"] > 0
+    assert found["metrics.csv"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.batch_size=8", "batch_size is 8 now and was 9"),
+        ("data.options={num_samples: 70}", "the length of the train split is 46 now and was 38"),
+        ("data.max_samples=4", "the length of the train split is 4 now and was 38"),
+        ("data.options={num_samples: 60, num_classes: 3}", "the number of classes is 3 now"),
+        ("loss=softmax_nll", "the loss is softmax_nll now and was cross_entropy"),
+        ("loss.label_smoothing=0.1", r"loss.label_smoothing is 0.1 now and was 0.0"),
+        ("seed=1", "seed is 1 now and was 0"),
+    ],
+)
+def test_other_data_and_other_losses_are_refused(override: str, words: str, tmp_path: Path) -> None:
+    """By the checkpoint itself: the data may change behind the same configuration."""
+    with pytest.raises(StopError):
+        run(composed(*SMALL), tmp_path, callbacks=[StopBefore(2)])
+    with pytest.raises(UserError, match=words) as caught:
+        run(composed(*SMALL, override), tmp_path)
+    assert "cannot" in str(caught.value)
+
+
+def test_lost_rows_of_metrics_are_noticed(tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        run(composed(*SMALL), tmp_path, callbacks=[StopBefore(4)])
+    rows = (tmp_path / METRICS).read_text().splitlines(keepends=True)
+    (tmp_path / METRICS).write_text("".join(rows[:-1]))
+    with pytest.raises(CheckpointError, match=r"metrics.csv has lost rows"):
+        run(composed(*SMALL), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        run(composed(*SMALL), tmp_path, callbacks=[StopBefore(4)])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=r"last.ckpt is damaged"):
+        run(composed(*SMALL), tmp_path)
+
+
+def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
+    options = ("checkpoint.every_n_steps=3", "logger=tensorboard")
+    stopped_and_continued(tmp_path, StopBefore(9), *options)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(STEPS))
+    assert [event.step for event in events.Scalars("val/nll")] == [4, 9, 14]
+
+
+# Twelve steps of 0.2 s, and a checkpoint after every second one.
+SLOW = (
+    "callbacks=quiet",
+    "logger=csv",
+    "parity=off",
+    "model=custom",
+    "model.target=stand_ins:slow",
+    "trainer.max_steps=12",
+    "trainer.threads=1",
+    "checkpoint.every_n_steps=2",
+)
+
+
+def killed(directory: Path, devices: int, victim: str) -> None:
+    """Start `train.py` and SIGKILL one of its processes in its fifth step or later."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "train.py"), *SLOW),
+            *(f"trainer.devices={devices}", f"hydra.run.dir={directory}"),
+        ],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    give_up = time.monotonic() + 90
+    metrics = directory / METRICS
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < give_up
+        assert process.poll() is None
+        time.sleep(0.05)
+    if victim == "a rank":
+        found = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        )
+        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+        assert process.wait(60) == 1
+        assert Result.read(directory).status == "failed"
+    else:
+        process.kill()
+        process.wait(60)
+    assert len(read_metrics(directory, "train/loss")) < 12
+
+
+@pytest.mark.parametrize(
+    ("devices", "victim", "continued_on"),
+    [
+        pytest.param(1, "train.py", 1, marks=slow),
+        pytest.param(2, "train.py", 2, marks=slow),
+        (2, "a rank", 1),
+    ],
+)
+def test_the_same_command_continues_what_was_killed(
+    devices: int, victim: str, continued_on: int, train: Train, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    killed(directory, devices, victim)
+    arguments = (*SLOW, f"hydra.run.dir={directory}")
+    done = train(*arguments, f"trainer.devices={continued_on}")
+    assert done.returncode == 0, done.stderr
+    result = Result.read(directory)
+    assert result.status == "completed"
+    assert [segment["world_size"] for segment in result.segments] == [devices, continued_on]
+    resumed_at = result.segments[1]["from_step"]
+    assert 4 <= resumed_at < 12
+    assert resumed_at % 2 == 0
+    assert len(read_metrics(directory, "train/loss")) == 12
+
+    if devices == 1:
+        whole = tmp_path / "whole"
+        run(composed(*SLOW), whole)
+        assert set(bits(directory, whole).values()) == {0}
+        # Once more: there is nothing left to do, and the stored result is shown.
+        again = train(*arguments)
+        assert again.returncode == 0
+        assert "completed already" in again.stdout
+        assert Result.read(directory) == result
