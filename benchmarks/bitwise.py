@@ -42,9 +42,9 @@ CASES = [
 
 def measure(directory: Path, case: Case) -> dict[str, float]:
     """On every rank: the median time of a step with each reduction, in milliseconds."""
-    found: dict[str, list[float]] = {"sum": [], "bitwise": []}
+    step_times: dict[str, list[float]] = {"sum": [], "bitwise": []}
     for repeat in range(REPEATS):
-        for reduction, times in found.items():
+        for reduction, times in step_times.items():
             options: dict[str, Any] = {
                 "model": {"options": {"widths": case.widths}},
                 "data": {"batch_size": BATCH, "image_size": case.image_size},
@@ -55,25 +55,25 @@ def measure(directory: Path, case: Case) -> dict[str, float]:
                     "max_steps": STEPS,
                 },
             }
-            place = directory / f"{reduction}-{repeat}"
-            result: Result = train(place, options)
+            result: Result = train(directory / f"{reduction}-{repeat}", options)
             times.append(1000 * result.timing["train_s"] / STEPS)
-    return {reduction: statistics.median(times) for reduction, times in found.items()}
+    return {reduction: statistics.median(times) for reduction, times in step_times.items()}
 
 
 def main() -> None:
     """Print the table of docs/bitwise.md."""
     print("| images | widths | shards | processes | sum (ms) | bitwise (ms) | ratio |")
     print("|---|---|---:|---:|---:|---:|---:|")
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as directory:
         for number, case in enumerate(CASES):
             for ranks in (1, 2):
-                found = run_ranks(measure, ranks, Path(place) / f"{number}-{ranks}", case)[0]
-                ratio = found["bitwise"] / found["sum"]
+                runs = Path(directory) / f"{number}-{ranks}"
+                medians = run_ranks(measure, ranks, runs, case)[0]
+                ratio = medians["bitwise"] / medians["sum"]
                 widths = "-".join(map(str, case.widths))
                 print(
                     f"| {case.image_size}×{case.image_size} | {widths} | {case.shards} | {ranks} "
-                    f"| {found['sum']:.1f} | {found['bitwise']:.1f} | {ratio:.2f} |",
+                    f"| {medians['sum']:.1f} | {medians['bitwise']:.1f} | {ratio:.2f} |",
                     flush=True,
                 )
 

@@ -81,11 +81,12 @@ def data_parallel_gradients(
     def by_local_mean(network: Tensor) -> Tensor:
         return reduction.mean(*criterion(images @ network, target))
 
-    found = []
+    gradients = []
     for options in choices:
         criterion = Criterion("cross_entropy", **options)
-        found.append({"rank_loss": averaged(by_rank_loss), "local_means": averaged(by_local_mean)})
-    return found
+        ours, control = averaged(by_rank_loss), averaged(by_local_mean)
+        gradients.append({"rank_loss": ours, "local_means": control})
+    return gradients
 
 
 def _slice(counts: list[int]) -> slice:
@@ -139,10 +140,10 @@ def cells_with_local_means(dtype: torch.dtype) -> list[Any]:
 
 def run_in_rank(config: ResolvedConfig, directory: Path) -> None:
     """A whole run on every rank."""
-    from equiloss.invariance.rank_runs import in_rank
+    from equiloss.invariance.rank_runs import set_up_rank
     from equiloss.run import run
 
-    in_rank()
+    set_up_rank()
     run(config, directory)
 
 
@@ -177,12 +178,12 @@ def train_with_unequal_threads(directory: Path, *changes: dict[str, Any]) -> Non
 
 def train_bitwise_until(directory: Path, kill_in: int | None) -> None:
     """Three short epochs on every rank, killed in one of their 27 steps or not at all."""
-    from equiloss.invariance.controls import KillInStep
+    from equiloss.invariance.controls import Kill
     from equiloss.invariance.interruption import OPTIONS
     from equiloss.invariance.rank_runs import train
 
     exact = {"trainer": {"precision": "32-true", "reduction": "bitwise"}}
-    kills = [] if kill_in is None else [KillInStep(kill_in)]
+    kills = [] if kill_in is None else [Kill("in step", kill_in)]
     train(directory, OPTIONS, exact, callbacks=kills)
 
 

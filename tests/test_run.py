@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from equiloss.config import SPLIT_METRICS
-from equiloss.errors import CheckpointError, DataError, LossError, ModelError
+from equiloss.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LossError,
+    ModelError,
+    UserError,
+)
 from equiloss.losses import Criterion
 from equiloss.records.results import TRAIN_METRICS, Result, metric_names, read_metrics
 from equiloss.run import run
@@ -346,6 +355,43 @@ def test_layers_that_draw_by_batch_are_warned_about(
     )
     run(config, tmp_path)
     assert ("draws random numbers by batch (StochasticDepth)" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        "+trainer.profiler=foo",
+        "logger=[tensorboard,wandb]",
+        "model=custom model.target=stand_ins:batch_norm trainer.reduction=bitwise",
+        "loss.weight=[1,2]",
+        "parity.formulations=[poly]",
+        "task=test ckpt_path=nowhere.ckpt",
+    ],
+)
+def test_what_is_refused_has_opened_nothing_and_removed_nothing(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    config = composed(*refused.split(), "callbacks=quiet")
+    left = {"config.yaml": config.text, "metrics.csv": "step\n", "events.out.tfevents.0": "old"}
+    for name, text in left.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError):
+        run(config, tmp_path)
+    (tmp_path / "results.json").unlink(missing_ok=True)  # which says that it failed
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == left
+
+
+def test_an_event_file_that_cannot_be_written_is_named(
+    run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", full)
+    with pytest.raises(ConfigError, match=r"logger=tensorboard .*run: No space left on device"):
+        run_here("debug=fast")
+    assert Result.read(tmp_path / "run").status == "failed"
 
 
 def test_the_environment_is_left_alone(run_here: Run) -> None:

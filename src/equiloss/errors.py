@@ -37,12 +37,17 @@ class NonFiniteError(UserError):
     """Training met a loss or a gradient that is not finite."""
 
 
-# How a ParityError begins, by which a report knows it in a results file.
-PARITY_STOP = "parity, step"
-
-
 class ParityError(UserError):
     """A formulation disagrees with the oracle beyond its bound."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""What an error says first, or its kind where it says nothing.
+
+    >>> first_line(ValueError("no such file\nCheck the path."))
+    'no such file'
+    """
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def choose(what: str, value: str, choices: Iterable[str]) -> str:
@@ -74,10 +79,10 @@ def unknown(what: str, value: str, choices: Iterable[str]) -> str:
     >>> unknown("optimizer", "sgdw", ["SGD", "Adam"])
     "unknown optimizer 'sgdw'. Did you mean 'SGD'? Known: SGD, Adam"
     """
-    shown = list(dict.fromkeys(choices))
-    known = {name.lower(): name for name in shown}
+    names = list(dict.fromkeys(choices))
+    known = {name.lower(): name for name in names}
     near = [known[match] for match in difflib.get_close_matches(value.lower(), known, n=5)]
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    if len(shown) > LISTED and near:
-        return f"unknown {what} {value!r}.{hint} Near: {', '.join(near)}; {len(shown)} are known"
-    return f"unknown {what} {value!r}.{hint} Known: {', '.join(shown)}"
+    if len(names) > LISTED and near:
+        return f"unknown {what} {value!r}.{hint} Near: {', '.join(near)}; {len(names)} are known"
+    return f"unknown {what} {value!r}.{hint} Known: {', '.join(names)}"

@@ -31,11 +31,11 @@ def import_target(target: str, key: str, error: type[UserError]) -> Callable[...
     if not (separator and module and attribute):
         raise error(f"{key} must read package.module:function, got {target!r}")
     try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        imported: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except Exception as cause:  # a module may fail in any way
         kind = "" if isinstance(cause, (ImportError, AttributeError)) else type(cause).__name__
         why = f"{kind}: {cause}" if kind else str(cause)
         raise error(f"{key}={target} cannot be imported: {why}") from cause
-    if not callable(found):
-        raise error(f"{key}={target} is a {type(found).__name__}, not a function or class")
-    return found
+    if not callable(imported):
+        raise error(f"{key}={target} is a {type(imported).__name__}, not a function or class")
+    return imported

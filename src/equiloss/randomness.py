@@ -73,8 +73,7 @@ def keyed_uniform(
     >>> torch.equal(both[1:], keyed_uniform(0, 3, torch.tensor([9]), 2))
     True
     """
-    bits = keyed_bits(seed, epoch, index, draws, stream=stream)
-    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+    return _uniform(keyed_bits(seed, epoch, index, draws, stream=stream))
 
 
 def more_uniform(keys: Tensor, number: int, draws: int) -> Tensor:
@@ -87,7 +86,11 @@ def more_uniform(keys: Tensor, number: int, draws: int) -> Tensor:
     """
     key = _mix(keys + (number + 1) * _STEP)  # [N]
     steps = torch.arange(1, draws + 1, device=keys.device) * _GOLDEN
-    return _shift_right(_mix(key[:, None] + steps), 40).to(torch.float32) * 2.0**-24
+    return _uniform(_mix(key[:, None] + steps))
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
 
 def _signed(pattern: int) -> int:
@@ -145,7 +148,7 @@ def state(device: torch.device) -> dict[str, Any]:
     """State of every generator that a step on this device may draw from, as plain data."""
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
-    found = {
+    states = {
         "python": [version, list(words), gauss],
         "numpy": {
             **numpy,
@@ -157,8 +160,8 @@ def state(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
-        found[device.type] = torch.get_device_module(device).get_rng_state(device)
-    return found
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
 
 
 def restore(saved: dict[str, Any], device: torch.device) -> None:

@@ -1,15 +1,18 @@
-"""One run: configuration -> objects -> fit -> test -> Result."""
+"""One run: configuration -> parts -> fit -> test -> Result."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 
 from equiloss import randomness
 from equiloss.config import Config
@@ -18,232 +21,276 @@ from equiloss.data import datasets
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import Splits
 from equiloss.distributed import collectives
-from equiloss.errors import ConfigError
 from equiloss.losses.criterion import Criterion
-from equiloss.models import build
+from equiloss.models.build import build_network, expose_head, lay_out
 from equiloss.models.dropout import RowKeys
 from equiloss.parity.monitor import ParityMonitor
-from equiloss.preflight import network
-from equiloss.preflight.arguments import check_arguments
-from equiloss.preflight.network import draws_by_batch, warn_of_batch_statistics, warn_of_draws
-from equiloss.records import results
+from equiloss.preflight import configuration, network
+from equiloss.records import results, run_dir
 from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.results import Result, metric_names
 from equiloss.records.tensorboard import RunTensorBoard
 from equiloss.records.trackers import tracked
 from equiloss.training import checkpoint, optim
-from equiloss.training.checkpoint import AtomicCheckpointIO, Checkpoints
+from equiloss.training.checkpoint import Checkpoints
 from equiloss.training.classifier import Classifier
+from equiloss.training.evaluation_figures import EvaluationFigures
 from equiloss.training.trainer import make_trainer, quieten_lightning
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+PARAMETER_DTYPES = {
+    "64-true": torch.float64,
+    "bf16-true": torch.bfloat16,
+    "16-true": torch.float16,
+}
 
 
-def run(resolved: ResolvedConfig, run_dir: Path, *, callbacks: Sequence[Callback] = ()) -> Result:
+def run(resolved: ResolvedConfig, directory: Path, *, callbacks: Sequence[Callback] = ()) -> Result:
     """Do the configured task in this process, which may be one rank of several.
 
-    A fit continues from `run_dir/checkpoints/last.ckpt` where that exists.
+    A fit continues from `directory/checkpoints/last.ckpt` where that exists.
 
     Args:
         resolved: The configuration; the same on every rank.
-        run_dir: Where everything goes; the first rank writes.
+        directory: The run directory; the first rank writes.
         callbacks: Further callbacks for Lightning's Trainer.
 
     Returns:
-        The result, which is also written to `run_dir/results.json`.
+        The result, which is also written to `directory/results.json`: of a run that fails or is
+        interrupted what it had found by then.
 
     Raises:
         UserError: for everything that a user can mend.
     """
     started = time.perf_counter()
-    run_dir.mkdir(parents=True, exist_ok=True)
     quieten_lightning()
+    parts = build(resolved, directory, callbacks)
+    try:
+        with _loggers(parts) as final:
+            final |= fit_and_test(parts)
+    except BaseException as error:
+        with suppress(Exception):  # nothing may hide what ended the run
+            _leave_unfinished(parts, error, started)
+        raise
+    return conclude(parts, final, started)
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    resolved: ResolvedConfig
+    directory: Path
+    splits: Splits
+    classifier: Classifier
+    data: ImageDataModule
+    monitor: ParityMonitor | None
+    checkpoints: Checkpoints
+    metrics_csv: MetricsCsv
+    board: RunTensorBoard | None
+    trainer: Trainer
+    continued: int | None
+    """Optimizer steps that an interrupted fit had taken when it was last saved, if it was."""
+
+    @property
+    def config(self) -> Config:
+        """The typed configuration."""
+        return self.resolved.config
+
+
+def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callback] = ()) -> Parts:
+    """Make everything that a run needs, and look at how it goes together; nothing is written."""
     config = resolved.config
-    check_arguments(config.trainer.arguments)
+    configuration.check_arguments(config.trainer.arguments)
     randomness.seed_everything(config.seed)
     splits = datasets.load(config.data)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
-    criterion.check_classes(splits.num_classes)
-    if config.data.augment.mixes and not criterion.signature.soft_targets:
-        raise ConfigError(
-            f"data.augment.mixup and cutmix turn classes into probabilities, and loss "
-            f"{criterion.name!r} takes classes: use one with soft targets, such as cross_entropy"
-        )
-    rows = RowKeys(config.seed)
-    model = build.build(
-        config.model,
-        num_classes=splits.num_classes,
-        image_shape=splits.image_shape,
-        rows=rows,
+    configuration.check_loss(config, criterion, splits.num_classes)
+    row_keys = RowKeys(config.seed)
+    model = _network(config, criterion, splits, row_keys)
+    total_steps = optim.total_steps(
+        config.trainer, train_samples=len(splits.train), batch_size=config.data.batch_size
     )
-    network.check_head(config.model.name, model, splits.num_classes, splits.image_shape)
-    model = build.lay_out(config.model, model)
-    if criterion.signature.wants_features:
-        build.expose_head(
-            config.model.name, model, splits.num_classes, compiled=config.model.compile
-        )
     # Lightning would convert after it has loaded a checkpoint, and round float64 on the way.
-    dtype = WEIGHTS.get(config.trainer.precision, torch.float32)
+    dtype = PARAMETER_DTYPES.get(config.trainer.precision, torch.float32)
     classifier = Classifier(
         model.to(dtype),
         criterion.to(dtype),
         config,
-        rows=rows,
+        row_keys=row_keys,
         num_classes=splits.num_classes,
-        split_sizes={"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
+        split_sizes={split: len(getattr(splits, split)) for split in ("train", "val", "test")},
+        total_steps=total_steps,
     )
-    shards = config.trainer.shards if config.trainer.reduction == "bitwise" else None
     data = ImageDataModule(
         splits,
         config.data,
         seed=config.seed,
         ignore_index=criterion.ignore_index,
         channels_last=config.model.channels_last,
-        shards=shards,
+        shards=config.trainer.shards if config.trainer.reduction == "bitwise" else None,
     )
-    monitor = _parity_monitor(config, criterion, splits)
-    metrics_csv = MetricsCsv(run_dir, metric_names(config.parity.formulations))
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, metrics_csv)
-    continued = _continued(config, checkpoints)
-    loggers: list[MetricsCsv | RunTensorBoard] = [
-        metrics_csv,
-        *_boards(resolved, run_dir, continued),
+    monitor = _parity_monitor(config, criterion, splits, total_steps)
+    metrics_csv = MetricsCsv(directory, metric_names(config.parity.formulations))
+    checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, metrics_csv)
+    continued = checkpoints.saved_step() if config.task == "fit" else None
+    board = _board(resolved, directory, continued) if config.logger.tensorboard else None
+    own = [
+        EvaluationFigures(splits) if board else None,
+        monitor,
+        checkpoints if config.task == "fit" else None,
     ]
-    batch_statistics = network.has_batch_statistics(model)
-    if batch_statistics and config.trainer.reduction == "bitwise":
-        raise ConfigError(
-            f"trainer.reduction=bitwise: model {config.model.name!r} normalises over the batch, "
-            "and a shard would have statistics of its own; use group or layer normalisation"
-        )
     try:
         trainer = make_trainer(
             config,
-            run_dir,
-            splits,
-            monitor,
-            checkpoints,
-            loggers,
-            callbacks,
-            batch_statistics=batch_statistics,
+            directory,
+            [*callbacks, *filter(None, own)],
+            [metrics_csv, *([board] if board else [])],
+            batch_statistics=network.has_batch_statistics(model),
         )
-    except (MisconfigurationException, ValueError) as error:
-        raise ConfigError(
-            f"trainer.accelerator={config.trainer.accelerator} "
-            f"trainer.devices={config.trainer.devices}: {error}"
-        ) from error
-    if batch_statistics:
-        warn_of_batch_statistics(config, trainer)
-    warn_of_draws(config, trainer, draws_by_batch(model))
-    try:
-        with tracked(trainer, resolved, run_dir, continued=continued is not None) as final:
-            metrics = _do(config, trainer, classifier, data, checkpoints, continued)
-            final.update(metrics)
-    finally:
-        for logger in loggers:
-            logger.close()
-    result = Result(
-        status="completed",
-        config_hash=resolved.hash,
-        loss={"name": criterion.name, "options": criterion.options},
-        metrics={n: metrics[n] for n in metric_names(config.parity.formulations) if n in metrics},
-        parity=monitor.summary() if monitor else {},
-        samples={
-            "train_seen": classifier.train_seen,
-            **classifier.samples,
-        },
-        steps={
-            "taken": classifier.global_step,
-            "skipped": classifier.skipped_steps,
-            "zero_mass": classifier.zero_mass_steps,
-        },
-        world_size=collectives.world_size(),
-        segments=classifier.segments,
-        timing={
-            "startup_s": max(classifier.training_began - started, 0.0),
-            "train_s": classifier.train_seconds,
-            "samples_per_s": classifier.train_seen / classifier.train_seconds
-            if classifier.train_seconds
-            else 0.0,
-        },
-        environment=results.environment(trainer.strategy.root_device, shards),
-    )
-    if trainer.is_global_zero:
-        evaluated = {
-            split: found.as_dict(matrix=splits.num_classes <= 100)
-            for split, found in classifier.evaluated.items()
-        }
-        results.write_evaluations(run_dir, evaluated, splits.class_names)
-        result.write(run_dir)
-    return result
-
-
-def _do(
-    config: Config,
-    trainer: Trainer,
-    classifier: Classifier,
-    data: ImageDataModule,
-    checkpoints: Checkpoints,
-    continued: int | None,
-) -> dict[str, float]:
-    """Fit and test, or evaluate a checkpoint; returns the final value of every metric."""
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise configuration.refusal(config.trainer, error) from error
+    network.warn(config, trainer, model)
     if config.task != "fit":
         checkpoint.load_weights(classifier, Path(str(config.ckpt_path)))
+    return Parts(
+        *(resolved, directory, splits, classifier, data, monitor),
+        *(checkpoints, metrics_csv, board, trainer, continued),
+    )
+
+
+def fit_and_test(parts: Parts) -> dict[str, float]:
+    """Fit and test, or evaluate a checkpoint; returns the final value of every metric."""
+    config, trainer, classifier = parts.config, parts.trainer, parts.classifier
+    progress, checkpoints, data = classifier.progress, parts.checkpoints, parts.data
+    if config.task != "fit":
         evaluate = trainer.validate if config.task == "validate" else trainer.test
         evaluate(classifier, datamodule=data, verbose=False)
-        return dict(classifier.scalars)
-    if continued is not None and trainer.is_global_zero:
-        log.info("continuing %s after %d steps", checkpoints.last_path, continued)
+        return dict(progress.scalars)
+    if parts.continued is not None and trainer.is_global_zero:
+        log.info("continuing %s after %d steps", checkpoints.last_path, parts.continued)
     trainer.fit(
         classifier,
         datamodule=data,
-        ckpt_path=None if continued is None else checkpoints.last_path,
+        ckpt_path=None if parts.continued is None else checkpoints.last_path,
     )
-    if classifier.validated_step != classifier.global_step:
+    progress = classifier.progress  # a checkpoint has its own
+    if progress.counts.validated_step != classifier.global_step:
         # max_steps ended the run inside an epoch: its last weights are validated too.
         trainer.validate(classifier, datamodule=data, verbose=False)
-    metrics = dict(classifier.scalars)
+    metrics = dict(progress.scalars)
     if config.test_weights == "best":
         metrics |= checkpoint.load_weights(classifier, checkpoints.best_path)
     trainer.test(classifier, datamodule=data, verbose=False)
-    return metrics | classifier.split_scalars("test")
+    return metrics | progress.of_split("test")
 
 
-def _parity_monitor(config: Config, criterion: Criterion, splits: Splits) -> ParityMonitor | None:
+def conclude(parts: Parts, metrics: Mapping[str, float], started: float) -> Result:
+    """Make the result of a completed run; the first rank writes it, and the evaluations."""
+    result = _result(parts, metrics, started)
+    if parts.trainer.is_global_zero:
+        matrix = parts.splits.num_classes <= 100
+        evaluated = parts.classifier.evaluated.items()
+        evaluations = {split: metric.as_dict(matrix=matrix) for split, metric in evaluated}
+        results.write_evaluations(parts.directory, evaluations, parts.splits.class_names)
+        result.write(parts.directory)
+    return result
+
+
+def _result(parts: Parts, metrics: Mapping[str, float], started: float) -> Result:
+    """Everything that a run has counted and measured, so far."""
+    config, classifier = parts.config, parts.classifier
+    progress, counts = classifier.progress, classifier.progress.counts
+    began, seconds = classifier.clock.began, counts.train_seconds
+    names = metric_names(config.parity.formulations)
+    return Result(
+        status="completed",
+        config_hash=parts.resolved.hash,
+        loss={"name": classifier.criterion.name, "options": classifier.criterion.options},
+        metrics={name: metrics[name] for name in names if name in metrics},
+        parity=parts.monitor.summary() if parts.monitor else {},
+        samples={"train_seen": counts.train_seen, **progress.samples},
+        steps={
+            "taken": classifier.global_step,
+            "skipped": counts.skipped_steps,
+            "zero_mass": counts.zero_mass_steps,
+        },
+        world_size=collectives.world_size(),
+        segments=progress.segments,
+        timing={
+            "startup_s": 0.0 if began is None else began - started,
+            "train_s": seconds,
+            "samples_per_s": counts.train_seen / seconds if seconds else 0.0,
+        },
+        environment=results.environment(parts.trainer.strategy.root_device, parts.data.shards),
+    )
+
+
+def _leave_unfinished(parts: Parts, error: BaseException, started: float) -> None:
+    """Write what a run had found as it broke off, unless another rank has said why."""
+    if parts.trainer.is_global_zero and not (parts.directory / run_dir.RESULTS).exists():
+        # Lightning turns an interrupt into an exit.
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        status = "interrupted" if interrupted else "failed"
+        result = _result(parts, {}, started)
+        replace(result, status=status, error=str(error)).write(parts.directory)
+
+
+@contextmanager
+def _loggers(parts: Parts) -> Iterator[dict[str, float]]:
+    """Open every logger while the context lasts; yields a dictionary for the final metrics."""
+    with ExitStack() as stack:
+        continued = parts.continued is not None
+        parts.directory.mkdir(parents=True, exist_ok=True)
+        # Trackers come first: where one cannot be had, nothing was changed.
+        final = stack.enter_context(
+            tracked(parts.trainer, parts.resolved, parts.directory, continued=continued)
+        )
+        if parts.trainer.is_global_zero:
+            run_dir.clear(parts.directory, continued=continued)
+        stack.callback(parts.metrics_csv.close)
+        if parts.board is not None:
+            parts.board.describe_run()
+            stack.callback(parts.board.close)
+        yield final
+
+
+def _network(config: Config, criterion: Criterion, splits: Splits, row_keys: RowKeys) -> nn.Module:
+    model = build_network(
+        config.model,
+        num_classes=splits.num_classes,
+        image_shape=splits.image_shape,
+        row_keys=row_keys,
+    )
+    network.check(config, model, splits.num_classes, splits.image_shape)
+    model = lay_out(config.model, model)
+    if criterion.signature.wants_features:
+        expose_head(config.model.name, model, splits.num_classes, compiled=config.model.compile)
+    return model
+
+
+def _parity_monitor(
+    config: Config, criterion: Criterion, splits: Splits, total_steps: int
+) -> ParityMonitor | None:
     if config.task != "fit" or config.parity.every_n_steps == 0:
         return None
-    steps = optim.total_steps(
-        config.trainer, train_samples=len(splits.train), batch_size=config.data.batch_size
-    )
     return ParityMonitor(
         config.parity,
         criterion,
-        total_steps=steps,
+        total_steps=total_steps,
         seed=config.seed,
         class_counts=splits.class_counts,
     )
 
 
-def _continued(config: Config, checkpoints: Checkpoints) -> int | None:
-    """Optimizer steps that an interrupted fit had taken when it was last saved, if it was."""
-    if config.task != "fit" or not checkpoints.last_path.is_file():
-        return None
-    steps: int = AtomicCheckpointIO().load_checkpoint(checkpoints.last_path)["global_step"]
-    return steps
-
-
-def _boards(resolved: ResolvedConfig, run_dir: Path, continued: int | None) -> list[RunTensorBoard]:
-    if not resolved.config.logger.tensorboard:
-        return []
+def _board(resolved: ResolvedConfig, directory: Path, continued: int | None) -> RunTensorBoard:
     formulations = resolved.config.parity.formulations
-    board = RunTensorBoard(
-        run_dir,
+    return RunTensorBoard(
+        directory,
         config=resolved.plain,
         config_text=resolved.text,
         metrics=metric_names(formulations),
         formulations=formulations,
         first_step=continued,
     )
-    board.describe_run()
-    return [board]

@@ -80,8 +80,8 @@ def test_the_table_loses_nothing_in_any_terminal(columns):
             parts = line.strip("│").split("│")
             cells = [f"{cell}{part.strip()}" for cell, part in zip(cells, parts, strict=True)]
     for name, row in listed().items():
-        for told in (name, row["source"], row["reference"]):
-            assert told.replace(" ", "") in cells[0].replace(" ", "")
+        for text in (name, row["source"], row["reference"]):
+            assert text.replace(" ", "") in cells[0].replace(" ", "")
         for key, value in row["options"].items():
             assert f"{key}={'null' if value is None else value}" in cells[1]
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from equiloss.config import AugmentConfig, DataConfig
-from equiloss.data import datamodule as datamodule_file
+from equiloss.data import position
 from equiloss.data.augment import augment
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import ArraySource, Batch, load
@@ -172,7 +172,7 @@ def test_a_resumed_run_can_be_resumed(tmp_path, name):
 @pytest.mark.parametrize("name", ["epochs", "steps, no validation"])
 def test_lightnings_own_counters_would_not_do(tmp_path, monkeypatch, name):
     """The control: the same runs without putting the counters right."""
-    monkeypatch.setattr(datamodule_file, "_continue_at", lambda *_: None)
+    monkeypatch.setattr(position, "restore", lambda *_: None)
     assert not all(resumed_twice(tmp_path, LENGTHS[name]))
 
 

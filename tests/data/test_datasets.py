@@ -189,11 +189,11 @@ def test_custom_soft_targets_count_for_their_most_probable_class(custom):
 
 def test_custom_splits_are_taken_as_they_are(custom):
     source = ArraySource(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.arange(3))
-    made = Splits(source, source, source, ("a", "b", "c"), (0.0,), (1.0,))
-    assert custom(lambda: made) == made
-    assert custom(lambda: made, mean=[0.5]).mean == (0.5,)
+    splits = Splits(source, source, source, ("a", "b", "c"), (0.0,), (1.0,))
+    assert custom(lambda: splits) == splits
+    assert custom(lambda: splits, mean=[0.5]).mean == (0.5,)
     with pytest.raises(ConfigError, match=r"data\.image_size has no effect on the Splits"):
-        custom(lambda: made, image_size=4)
+        custom(lambda: splits, image_size=4)
 
 
 @pytest.mark.parametrize(

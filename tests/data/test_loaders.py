@@ -84,11 +84,11 @@ def folder(root: Path, num_workers: int) -> ImageDataModule:
 
 def test_workers_change_no_image(tmp_path):
     write_folder(tmp_path)
-    alone, helped = (list(folder(tmp_path, workers).train_dataloader()) for workers in (0, 2))
-    assert len(alone) == len(helped) > 1
-    for one, other in zip(alone, helped, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.index, other.index)
+    expected, batches = (list(folder(tmp_path, workers).train_dataloader()) for workers in (0, 2))
+    assert len(batches) == len(expected) > 1
+    for batch, reference in zip(batches, expected, strict=True):
+        assert torch.equal(batch.images, reference.images)
+        assert torch.equal(batch.index, reference.index)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -17,7 +17,7 @@ from equiloss.data.sampler import GlobalBatchSampler
 from equiloss.distributed.process_groups import run_ranks
 from equiloss.errors import ConfigError, DataError
 from equiloss.invariance.rank_runs import read_records
-from equiloss.invariance.trajectories import weights_apart
+from equiloss.invariance.trajectories import weight_difference
 
 HEIGHT, WIDTH = 8, 6
 
@@ -151,4 +151,4 @@ def test_training_does_not_depend_on_the_ranks(tmp_path: Path):
     alone = read_records(tmp_path / "1" / "records.jsonl")
     assert read_records(tmp_path / "3" / "records.jsonl") == alone
     # Float64 rounds at 1e-16; a few steps of training amplify it.
-    assert weights_apart(tmp_path / "3", tmp_path / "1") < 1e-12
+    assert weight_difference(tmp_path / "3", tmp_path / "1") < 1e-12

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from equiloss.errors import DataError
-from equiloss.losses.targets import validate_targets
+from equiloss.losses.validation import validate_targets
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from equiloss.config import SPLIT_METRICS
 from equiloss.invariance import evaluation, interruption, order, trajectories
-from equiloss.invariance.evaluation import Figures
+from equiloss.records.results import Result, write_evaluations
 from equiloss.records.run_dir import METRICS
 from support import slow
 
@@ -22,16 +22,16 @@ def test_a_hundred_steps_are_those_of_one_process(tmp_path: Path) -> None:
     assert all(len(values) == 100 for values in part.series.values())
     assert max(part.series["loss, control"]) > 1e-3
     # A curve that was altered at one step is found out.
-    name = tmp_path / "W=3, m=4" / METRICS
-    rows = name.read_text().splitlines()
-    place = next(number for number, row in enumerate(rows) if row.startswith("49,"))
-    fields = rows[place].split(",")
+    file = tmp_path / "W=3, m=4" / METRICS
+    rows = file.read_text().splitlines()
+    line = next(number for number, row in enumerate(rows) if row.startswith("49,"))
+    fields = rows[line].split(",")
     fields[1] = repr(float(fields[1]) * (1 + 1e-9))
-    rows[place] = ",".join(fields)
-    name.write_text("\n".join(rows) + "\n")
-    apart = trajectories.differences(name.parent, tmp_path / "W=1, m=1", "train/loss")
-    assert apart.index(max(apart)) == 49
-    assert max(apart) > trajectories.BOUND
+    rows[line] = ",".join(fields)
+    file.write_text("\n".join(rows) + "\n")
+    curve = trajectories.curve_differences(file.parent, tmp_path / "W=1, m=1", "train/loss")
+    assert curve.index(max(curve)) == 49
+    assert max(curve) > trajectories.BOUND
 
 
 def test_order_and_pixels_are_those_of_one_process(tmp_path: Path) -> None:
@@ -54,12 +54,21 @@ def test_evaluations_are_those_of_one_process(tmp_path: Path) -> None:
     assert len(part.cells) == 4 * 3 * 8
 
 
-def test_a_padded_evaluation_is_found_out() -> None:
+def write_evaluated(
+    run_dir: Path, metrics: dict[str, float | None], samples: int, confusion: list[list[int]]
+) -> None:
+    run_dir.mkdir()
+    Result("completed", "", {}, metrics=metrics, samples={"test": samples}).write(run_dir)
+    write_evaluations(run_dir, {"test": {"confusion": confusion}}, ["a", "b"])
+
+
+def test_a_padded_evaluation_is_found_out(tmp_path: Path) -> None:
     """One sample counted twice, as a padding sampler does."""
-    metrics = {f"test/{name}": 0.5 for name in SPLIT_METRICS}
-    right = Figures(metrics, 3, [[2, 0], [0, 1]])
-    padded = Figures(metrics | {"test/nll": 0.6, "test/acc": 0.75}, 4, [[3, 0], [0, 1]])
-    cells = evaluation.compare({1: {3: right}, 2: {3: padded}}, 3)
+    metrics: dict[str, float | None] = {f"test/{name}": 0.5 for name in SPLIT_METRICS}
+    write_evaluated(tmp_path / "W=1, N=3", metrics, 3, [[2, 0], [0, 1]])
+    padded = metrics | {"test/nll": 0.6, "test/acc": 0.75}
+    write_evaluated(tmp_path / "W=2, N=3", padded, 4, [[3, 0], [0, 1]])
+    cells = evaluation.compare(tmp_path, 3, (1, 2))
     assert {cell.row for cell in cells if not cell.holds} == {
         "N=3, nll",
         "N=3, acc",
@@ -82,7 +91,7 @@ def test_killed_runs_continue_to_the_bit(tmp_path: Path) -> None:
     assert epochs == {0, 1}
 
 
-@pytest.mark.parametrize("kill", interruption.KILLS)
+@pytest.mark.parametrize("kill", ["in step", "after step", "in a checkpoint after"])
 def test_each_kind_of_kill_is_among_the_points(kill: str) -> None:
     assert {point.world_size for point in interruption.points() if point.kill == kill} == {1, 2}
 

@@ -57,6 +57,13 @@ MISTAKES = [
     ("trainer.precision=16-mixed", ["16-mixed", "GPU", "bf16-mixed"]),
     ("trainer.precision=32", ["'32'", "32-true"]),
     ("trainer.accelerator=abacus", ["trainer.accelerator=abacus"]),
+    ("+trainer.profiler=foo", ["+trainer.profiler=foo is refused", "'simple', 'advanced'"]),
+    ("+trainer.max_time=soon", ["+trainer.max_time=soon is refused"]),
+    ("logger=wandb", ["logger=wandb", "not installed", "pip install wandb"]),
+    (
+        "model=torchvision trainer.reduction=bitwise data=synthetic data.options.size=32",
+        ["trainer.reduction=bitwise", "'resnet18'", "normalises over the batch"],
+    ),
     ("optimizer.name=sgdw", ["'sgdw'", "Did you mean 'SGD'?"]),
     ("scheduler.name=cosin", ["'cosin'", "Did you mean 'cosine'?"]),
     ("checkpoint.monitor=val/accuracy", ["'val/accuracy'", "val/acc"]),
@@ -112,7 +119,7 @@ def test_the_traceback_is_there_for_who_asks(train: Train) -> None:
     assert "Traceback" in done.stderr
 
 
-@slow  # of a claim in this process: tests/test_claim.py
+@slow  # of a claim in this process: tests/launching/test_resume.py
 def test_a_directory_that_holds_a_run_is_left_alone(train: Train, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     assert train(*FAST, f"hydra.run.dir={directory}").returncode == 0
@@ -129,7 +136,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(train: Train, tmp_path: Path
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
-@slow  # of a claim in this process: tests/test_claim.py
+@slow  # of a claim in this process: tests/launching/test_resume.py
 def test_a_run_that_failed_before_it_began_may_be_repeated(train: Train, tmp_path: Path) -> None:
     directory = f"hydra.run.dir={tmp_path}/run"
     assert train(*FAST, directory, "loss.weight=[1]").returncode == 1
@@ -302,14 +309,17 @@ def test_a_process_that_supervises_does_without_lightning() -> None:
     )
 
 
-def test_the_environment_of_the_parent_is_left_alone(tmp_path: Path) -> None:
-    """Supervising ranks, in the process that stays."""
+def test_ranks_have_an_environment_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent's is left alone; its number of threads is not theirs."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     directory = tmp_path / "run"
     directory.mkdir()
     config = composed(*QUIET, "debug=fast", "trainer=ddp_cpu", "logger=csv")
     (directory / "config.yaml").write_text(config.text)
     before = dict(os.environ)
-    ranks.supervise(directory, 2, threads=1)
+    ranks.supervise(directory, "equiloss.run:run", 2, threads=2)
     assert dict(os.environ) == before
     assert Result.read(directory).world_size == 2
-    assert Result.read(directory).environment["threads"] == 1
+    assert Result.read(directory).environment["threads"] == 2

@@ -343,7 +343,7 @@ def test_ranks_that_composed_different_configurations_never_train(tmp_path: Path
 def test_an_allocation_of_slurm_alone_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert membership.found.__wrapped__() is None
+    assert membership.external.__wrapped__() is None
 
 
 def test_a_search_without_a_seed_gives_ranks_one_configuration(

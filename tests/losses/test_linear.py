@@ -15,7 +15,7 @@ from equiloss.errors import LossError, ModelError
 from equiloss.losses import Criterion
 from equiloss.losses.projection import Projection
 from equiloss.losses.signature import read
-from equiloss.models.build import build, expose_head
+from equiloss.models.build import build_network, expose_head
 from equiloss.models.dropout import RowKeys
 from support import slow
 
@@ -50,7 +50,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 def test_value_and_gradients_are_those_of_cross_entropy(rows, weight, bias, dtype):
     options: dict[str, Any] = {} if weight is None else {"weight": weight}
     projected, target = projection(rows, dtype, bias=bias), targets(rows)
-    leaves = [part for part in projected if part is not None]
+    leaves = [projected.rows, *projected.head().values()]
     found = Criterion("linear_cross_entropy", **options)(projected, target)
     gradients = torch.autograd.grad(found.total, leaves)
     expected = Criterion("cross_entropy", **options)(projected.logits(), target)
@@ -64,16 +64,18 @@ def test_value_and_gradients_are_those_of_cross_entropy(rows, weight, bias, dtyp
 def test_ignored_rows_are_exactly_zero():
     projected, target = projection(8, torch.float32), torch.full((8,), IGNORED)
     found = Criterion("linear_cross_entropy")(projected, target)
-    gradients = torch.autograd.grad(found.total, [projected.features, projected.weight])
+    gradients = torch.autograd.grad(found.total, [projected.rows, projected.weight])
     assert found.total.item() == 0
     assert all(not gradient.any() for gradient in gradients)
 
 
 def test_half_precision_is_promoted():
-    projected = Projection(*(part.detach().bfloat16() for part in projection(4, torch.float32)))
+    given = projection(4, torch.float32)
+    parts = [given.rows, *given.head().values()]
+    projected = Projection(*(part.detach().bfloat16() for part in parts))
     target = targets(4)
     found = Criterion("linear_cross_entropy")(projected, target).total
-    wide = Projection(*(part.float() for part in projected))
+    wide = Projection(*(part.detach().bfloat16().float() for part in parts))
     assert torch.equal(found, Criterion("linear_cross_entropy")(wide, target).total)
 
 
@@ -126,7 +128,7 @@ class TestNetworks:
     def test_a_network_of_torchvision_gets_features_and_head(self, name: str):
         size = (3, 224, 224) if name == "vit_b_16" else (3, 64, 64)
         config = ModelConfig(name=name)
-        model = build(config, num_classes=5, image_shape=size, rows=RowKeys(0)).eval()
+        model = build_network(config, num_classes=5, image_shape=size, row_keys=RowKeys(0)).eval()
         names = list(model.state_dict())
         expose_head(name, model, 5)
         assert list(model.state_dict()) == names
@@ -137,7 +139,7 @@ class TestNetworks:
 
     def test_a_network_without_a_linear_head_is_refused(self):
         config = ModelConfig(name="squeezenet1_1")
-        model = build(config, num_classes=5, image_shape=(3, 64, 64), rows=RowKeys(0))
+        model = build_network(config, num_classes=5, image_shape=(3, 64, 64), row_keys=RowKeys(0))
         with pytest.raises(ModelError, match="'squeezenet1_1' has no linear head"):
             expose_head("squeezenet1_1", model, 5)
 

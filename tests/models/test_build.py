@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from equiloss.config import ModelConfig
 from equiloss.errors import ConfigError, ModelError
-from equiloss.models.build import build, lay_out
+from equiloss.models.build import build_network, lay_out
 from equiloss.models.dropout import RowKeys
 from equiloss.models.networks import ConvNet
 from equiloss.preflight.network import check_head, has_batch_statistics
@@ -21,9 +21,9 @@ OWN = ("convnet", "mlp")
 def made(
     name: str, shape: tuple[int, int, int] = (1, 8, 8), *, classes: int = 5, **config: object
 ) -> nn.Module:
-    rows = RowKeys(0)
+    row_keys = RowKeys(0)
     config = ModelConfig(name=name, **config)
-    model = build(config, num_classes=classes, image_shape=shape, rows=rows)
+    model = build_network(config, num_classes=classes, image_shape=shape, row_keys=row_keys)
     check_head(name, model, classes, shape)
     return lay_out(config, model)
 

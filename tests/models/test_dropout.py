@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from equiloss.config import ModelConfig
-from equiloss.models.build import build
+from equiloss.models.build import build_network
 from equiloss.models.dropout import KeyedDropout, RowKeys, key_dropout
 from equiloss.preflight.network import draws_by_batch
 
@@ -16,9 +16,9 @@ each_p = pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 
 def masks(p: float, index: torch.Tensor, *, epoch: int = 0, seed: int = 0, layer: int = 0):
     """What becomes of ones [n, 1000]."""
-    rows = RowKeys(seed)
-    with rows.of(index, epoch):
-        return KeyedDropout(p, rows, layer)(torch.ones(len(index), 1000, dtype=torch.float64))
+    row_keys = RowKeys(seed)
+    with row_keys.bound_to(index, epoch):
+        return KeyedDropout(p, row_keys, layer)(torch.ones(len(index), 1000, dtype=torch.float64))
 
 
 @each_p
@@ -53,10 +53,10 @@ def test_seed_epoch_sample_and_layer_make_another_mask() -> None:
 
 
 def test_the_gradient_goes_through_what_was_kept() -> None:
-    rows = RowKeys(0)
+    row_keys = RowKeys(0)
     features = torch.ones(2, 3, 4, requires_grad=True)
-    with rows.of(torch.tensor([0, 1]), 0):
-        dropped = KeyedDropout(0.5, rows, 0)(features)
+    with row_keys.bound_to(torch.tensor([0, 1]), 0):
+        dropped = KeyedDropout(0.5, row_keys, 0)(features)
     dropped.sum().backward()
     assert torch.equal(features.grad, dropped.detach())
 
@@ -80,18 +80,18 @@ def test_outside_of_a_step_it_is_torchs_own() -> None:
 
 
 def test_another_first_axis_is_refused() -> None:
-    rows = RowKeys(0)
+    row_keys = RowKeys(0)
     with (
-        rows.of(torch.arange(2), 0),
+        row_keys.bound_to(torch.arange(2), 0),
         pytest.raises(RuntimeError, match=r"dropout on \[3, 5\] in a forward pass of 2 rows"),
     ):
-        KeyedDropout(0.5, rows, 0)(torch.ones(3, 5))
+        KeyedDropout(0.5, row_keys, 0)(torch.ones(3, 5))
 
 
 def test_layers_of_a_network_are_replaced_and_differ() -> None:
-    rows = RowKeys(0)
+    row_keys = RowKeys(0)
     model = nn.Sequential(nn.Dropout(0.2), nn.Sequential(nn.Dropout(0.3)))
-    key_dropout(model, rows)
+    key_dropout(model, row_keys)
     layers = [module for module in model.modules() if isinstance(module, KeyedDropout)]
     assert [(layer.p, layer.layer) for layer in layers] == [(0.2, 0), (0.3, 1)]
 
@@ -109,11 +109,11 @@ def test_layers_of_a_network_are_replaced_and_differ() -> None:
 )
 def test_what_still_draws_by_batch_is_known(name: str, options: dict, left: list[str]) -> None:
     size = 8 if name in ("convnet", "mlp") else 224
-    model = build(
+    model = build_network(
         ModelConfig(name=name, options=options),
         num_classes=3,
         image_shape=(3, size, size),
-        rows=RowKeys(0),
+        row_keys=RowKeys(0),
     )
     assert draws_by_batch(model) == left
     assert any(isinstance(module, KeyedDropout) for module in model.modules())

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from equiloss.distributed.process_groups import run_ranks
 from equiloss.errors import LossError, ParityError
 from equiloss.losses import register, registry
 from equiloss.losses.criterion import Criterion
-from equiloss.parity.monitor import ParityMonitor
+from equiloss.losses.projection import Logits
+from equiloss.parity.monitor import ParityMonitor, Seen
 from equiloss.records.results import Result, read_metrics
 from equiloss.training.step import StepOutcome
 from rank_functions import run_in_rank
-from support import Run, composed
+from support import PYTHONPATH, QUIET, Install, Run, Train, composed
 
 FAULTS = ("wrong_smoothing", "missing_weight", "extra_ignored_row")
 WEIGHT = [0.5, 1.6, 2.0, 1.5, 0.7, 1.0, 3.0, 1.0, 0.2, 1.1]
@@ -38,9 +41,13 @@ def monitor(criterion: Criterion, *formulations: str, policy: str = "log") -> Pa
     return ParityMonitor(config, criterion, total_steps=10, seed=0)
 
 
-def outcome(criterion: Criterion, logits: torch.Tensor, target: torch.Tensor) -> StepOutcome:
+def seen(
+    criterion: Criterion, logits: torch.Tensor, target: torch.Tensor
+) -> tuple[Seen, StepOutcome]:
+    """What a step of one process sees, and what it makes of it."""
     total, mass = criterion(logits, target)
-    return StepOutcome((total / mass).item(), mass.item(), 1.0, False, logits, target)
+    outcome = StepOutcome((total / mass).item(), mass.item(), 1.0, skipped=False)
+    return Seen(Logits(logits), target, criterion), outcome
 
 
 def trained_logits(rows: int, margin: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -59,7 +66,7 @@ def test_right_formulations_agree_from_first_logits_to_trained_ones(
     criterion = Criterion("cross_entropy", **OPTIONS)
     check = monitor(criterion, "softmax_nll", "log_softmax_nll", "cross_entropy")
     logits, target = trained_logits(256, margin, dtype)
-    check.check(outcome(criterion, logits, target), criterion, step=0, rank=0)
+    check.check(*seen(criterion, logits, target), step=0, rank=0)
     assert check.summary()["agree"], check.summary()
 
 
@@ -70,7 +77,7 @@ def test_a_fault_is_found_on_first_logits_and_on_trained_ones(fault: str, margin
     criterion = Criterion("cross_entropy", **OPTIONS)
     check = monitor(criterion, "cross_entropy", fault)
     logits, target = trained_logits(256, margin, torch.float32)
-    check.check(outcome(criterion, logits, target), criterion, step=0, rank=0)
+    check.check(*seen(criterion, logits, target), step=0, rank=0)
     found = check.summary()
     assert not found["agree"]
     assert found["cross_entropy"]["agree"]
@@ -88,7 +95,7 @@ def test_a_mass_that_is_off_by_one_is_found(
     criterion = Criterion("cross_entropy", **options)
     check = monitor(criterion, "cross_entropy")
     logits, target = trained_logits(256, margin, torch.float32)
-    check.check(outcome(criterion, logits, target), criterion, step=0, rank=0)
+    check.check(*seen(criterion, logits, target), step=0, rank=0)
     assert not check.summary()["agree"]
     assert check.summary()["mass_error"] == pytest.approx(1, abs=1e-3)  # float32 sum of weights
 
@@ -97,8 +104,8 @@ def test_a_loss_that_is_not_that_of_the_gathered_batch_is_found() -> None:
     criterion = Criterion("cross_entropy")
     check = monitor(criterion, "cross_entropy")
     logits, target = trained_logits(64, 0.0, torch.float32)
-    right = outcome(criterion, logits, target)
-    check.check(right._replace(loss=right.loss + 1e-4), criterion, step=0, rank=0)
+    given, right = seen(criterion, logits, target)
+    check.check(given, right._replace(loss=right.loss + 1e-4), step=0, rank=0)
     assert not check.summary()["agree"]
     assert check.summary()["global_error"] == pytest.approx(1e-4, rel=1e-2)  # float32 loss
 
@@ -109,7 +116,7 @@ def test_rows_out_of_the_domain_are_counted_and_not_judged() -> None:
     logits, target = trained_logits(16, 0.0, torch.float32)
     logits[3] = torch.tensor([200.0, 0.0, -50.0, 0.0])
     target[3] = 2
-    check.check(outcome(criterion, logits, target), criterion, step=0, rank=0)
+    check.check(*seen(criterion, logits, target), step=0, rank=0)
     found = check.summary()
     assert found["agree"]
     assert found["softmax_nll"]["out_of_domain"] == 1
@@ -122,7 +129,7 @@ def test_logits_that_are_not_finite_never_agree() -> None:
     check = monitor(criterion, "cross_entropy")
     logits, target = trained_logits(16, 0.0, torch.float32)
     logits[0, 0] = torch.nan
-    check.check(outcome(criterion, logits, target), criterion, step=0, rank=0)
+    check.check(*seen(criterion, logits, target), step=0, rank=0)
     assert not check.summary()["agree"]
 
 
@@ -131,7 +138,7 @@ def test_ignored_rows_may_hold_anything() -> None:
     check = monitor(criterion, "softmax_nll", "cross_entropy")
     logits, target = trained_logits(16, 0.0, torch.float32)
     logits[0], target[0] = 1e30, -1
-    check.check(outcome(criterion, logits, target), criterion, step=0, rank=0)
+    check.check(*seen(criterion, logits, target), step=0, rank=0)
     assert check.summary()["agree"]
 
 
@@ -139,8 +146,8 @@ def test_an_empty_batch_agrees() -> None:
     criterion = Criterion("cross_entropy", **OPTIONS)
     check = monitor(criterion, "softmax_nll", "cross_entropy")
     logits, target = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    nothing = StepOutcome(0.0, 0.0, 0.0, False, logits, target)
-    check.check(nothing, criterion, step=0, rank=0)
+    nothing = StepOutcome(0.0, 0.0, 0.0, skipped=False)
+    check.check(Seen(Logits(logits), target, criterion), nothing, step=0, rank=0)
     assert check.summary()["agree"]
 
 
@@ -148,15 +155,15 @@ def test_an_empty_batch_agrees() -> None:
 def test_the_policy_decides_what_a_disagreement_does(caplog: pytest.LogCaptureFixture) -> None:
     criterion = Criterion("cross_entropy", **OPTIONS)
     logits, target = trained_logits(16, 0.0, torch.float32)
-    step = outcome(criterion, logits, target)
+    step = seen(criterion, logits, target)
     with caplog.at_level(logging.WARNING):
-        monitor(criterion, "wrong_smoothing").check(step, criterion, step=7, rank=0)
+        monitor(criterion, "wrong_smoothing").check(*step, step=7, rank=0)
         assert not caplog.records
         warns = monitor(criterion, "wrong_smoothing", policy="warn")
-        warns.check(step, criterion, step=7, rank=0)
+        warns.check(*step, step=7, rank=0)
         assert "step 7: wrong_smoothing" in caplog.text
     with pytest.raises(ParityError, match="step 7: wrong_smoothing"):
-        monitor(criterion, "wrong_smoothing", policy="raise").check(step, criterion, step=7, rank=0)
+        monitor(criterion, "wrong_smoothing", policy="raise").check(*step, step=7, rank=0)
 
 
 def test_a_formulation_without_an_option_that_the_run_uses_is_refused() -> None:
@@ -174,7 +181,7 @@ def test_the_state_survives_a_checkpoint() -> None:
     criterion = Criterion("cross_entropy", **OPTIONS)
     check = monitor(criterion, "cross_entropy")
     logits, target = trained_logits(16, 0.0, torch.float32)
-    check.check(outcome(criterion, logits, target), criterion, step=0, rank=0)
+    check.check(*seen(criterion, logits, target), step=0, rank=0)
     resumed = monitor(criterion, "cross_entropy")
     resumed.load_state_dict(check.state_dict())
     assert resumed.summary() == check.summary()
@@ -233,6 +240,32 @@ def test_a_run_finds_faults_at_its_first_and_at_its_last_step(run_here: Run, tmp
         ratios = read_metrics(tmp_path / "run", f"parity/{fault}/ratio")
         assert ratios[0] > 100
         assert ratios[-1] > 100
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_that_strict_parity_stops_leaves_its_verdict(
+    devices: int, install: Install, train: Train, tmp_path: Path
+) -> None:
+    """As a completed run does: whoever reads it needs no words of an error for that."""
+    install("acme", "1.0", "wrong_smoothing = stand_ins:wrong_smoothing")
+    done = train(
+        *QUIET,
+        "loss.label_smoothing=0.1",
+        "logger=csv",
+        "parity=strict",
+        "parity.formulations=[cross_entropy,wrong_smoothing]",
+        f"trainer.devices={devices}",
+        f"hydra.run.dir={tmp_path}/run",
+        PYTHONPATH=os.pathsep.join([str(tmp_path / "acme"), PYTHONPATH]),
+    )
+    assert done.returncode == 1
+    result = Result.read(tmp_path / "run")
+    assert result.status == "failed"
+    assert "wrong_smoothing (error" in str(result.error)
+    assert result.parity["steps"] == 1
+    assert result.parity["agree"] is False
+    assert result.parity["cross_entropy"]["agree"] is True
+    assert result.parity["wrong_smoothing"]["ratio"] > 100
 
 
 def test_a_run_finds_a_wrong_mass_at_its_first_and_at_its_last_step(

@@ -56,9 +56,9 @@ def test_hparams_show_what_was_swept_and_what_came_out(
     browser: pictures.Browser, sweep: Path, runs: list[str]
 ) -> None:
     columns = ["loss.name", "seed", "optimizer.lr", "trainer.devices", "val/loss", "test/acc"]
-    shown = browser.open("hparams", [*columns, "Trial ID", *runs])
+    words = browser.open("hparams", [*columns, "Trial ID", *runs])
     # The table comes after the list of what could be in it.
-    table = shown[shown.index("Trial ID") :]
+    table = words[words.index("Trial ID") :]
     assert table.index("loss.name") < table.index("seed") < table.index("val/loss")
     # Each run has its row: the name, then its values.
     for run in runs:

@@ -143,11 +143,11 @@ class TestResult:
         assert data["parity"]["softmax_nll"] == {"loss_error": None, "all": [1.0, None]}
 
     def test_the_environment_is_json(self):
-        found = environment(torch.device("cpu"))
-        assert json.loads(json.dumps(found)) == found
-        assert torch.__version__.startswith(found["versions"]["torch"])  # +cpu, +cu130
-        assert found["device"] == "cpu"
-        assert found["threads"] == torch.get_num_threads()
+        described = environment(torch.device("cpu"))
+        assert json.loads(json.dumps(described)) == described
+        assert torch.__version__.startswith(described["versions"]["torch"])  # +cpu, +cu130
+        assert described["device"] == "cpu"
+        assert described["threads"] == torch.get_num_threads()
 
     @pytest.mark.parametrize("installed", [True, False])
     def test_no_commit_outside_a_repository_or_without_git(self, tmp_path, monkeypatch, installed):

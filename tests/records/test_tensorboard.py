@@ -39,8 +39,8 @@ def test_every_metric_is_a_scalar(events: EventAccumulator) -> None:
 
 def test_scalars_are_those_of_metrics_csv_in_float32(events: EventAccumulator) -> None:
     exact = read_metrics(Path(events.path).parent, "train/loss")
-    shown = [event.value for event in events.Scalars("train/loss")]
-    assert shown == torch.tensor(exact, dtype=torch.float64).float().tolist()
+    values = [event.value for event in events.Scalars("train/loss")]
+    assert values == torch.tensor(exact, dtype=torch.float64).float().tolist()
 
 
 def plugin_data(events: EventAccumulator, tag: str) -> bytes:
@@ -53,8 +53,8 @@ def test_hparams_have_the_constant_keys(events: EventAccumulator) -> None:
         plugin_data(events, "_hparams_/experiment")
     ).experiment
     assert {info.name for info in experiment.hparam_infos} == {*HPARAMS, "loss.options"}
-    shown = {info.name.tag for info in experiment.metric_infos}
-    assert shown == set(metric_names(FORMULATIONS))
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert metrics == set(metric_names(FORMULATIONS))
     start = HParamsPluginData.FromString(
         plugin_data(events, "_hparams_/session_start_info")
     ).session_start_info
@@ -89,7 +89,7 @@ def test_figures_are_there(events: EventAccumulator) -> None:
 
 
 def test_the_confusion_matrix_shows_its_counts() -> None:
-    figure = draw_confusion(torch.tensor([[3, 1], [0, 7]]), ["cat", "dog"])
+    figure = draw_confusion([[3, 1], [0, 7]], ["cat", "dog"])
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["3", "1", "7"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
@@ -106,6 +106,6 @@ def test_the_worst_images_are_those_with_the_largest_loss() -> None:
         "1, taken for\n7: 5.00 nats",
         "4, taken for\n9: 3.00 nats",
     ]
-    shown = torch.as_tensor(figure.axes[0].images[0].get_array())
+    image = torch.as_tensor(figure.axes[0].images[0].get_array())
     batch = splits.test.__getitems__(Slice(0, torch.tensor([2])))
-    assert torch.equal(shown, batch.images[0, 0])
+    assert torch.equal(image, batch.images[0, 0])

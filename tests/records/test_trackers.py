@@ -49,8 +49,8 @@ Value = tuple[int, str, float]
 )
 def test_what_a_choice_turns_on(choice: str, enabled: dict[str, bool]) -> None:
     config = composed(f"logger={choice}").config.logger
-    found = {"wandb": config.wandb.enabled, "mlflow": config.mlflow.enabled}
-    assert {"tensorboard": config.tensorboard, **found} == enabled
+    services = {"wandb": config.wandb.enabled, "mlflow": config.mlflow.enabled}
+    assert {"tensorboard": config.tensorboard, **services} == enabled
 
 
 def test_a_password_is_not_stored() -> None:
@@ -184,16 +184,16 @@ def wandb_records(file: Path) -> Iterator[Any]:
     block, header = 32768, struct.Struct("<IHB")  # checksum, length, kind
     content = file.read_bytes()
     assert content.startswith(b":W&B")
-    place, parts = 7, []
-    while place + header.size <= len(content):
-        left = block - place % block
+    position, parts = 7, []
+    while position + header.size <= len(content):
+        left = block - position % block
         if left < header.size:
-            place += left
+            position += left
             continue
-        _, length, kind = header.unpack_from(content, place)
-        place += header.size
-        parts.append(content[place : place + length])
-        place += length
+        _, length, kind = header.unpack_from(content, position)
+        position += header.size
+        parts.append(content[position : position + length])
+        position += length
         if kind in (1, 4):  # whole, or the last part
             yield Record.FromString(b"".join(parts))
             parts = []
@@ -390,8 +390,8 @@ def test_no_key_is_stored(train_offline: Train, tmp_path: Path) -> None:
     done = train_offline(*FAST, f"hydra.run.dir={run_dir}", WANDB_API_KEY=secret)
     assert done.returncode == 0, done.stderr
     assert secret not in (run_dir / CONFIG).read_text()
-    found = [path for path in run_dir.rglob("*") if path.is_file()]
-    assert not [path for path in found if secret.encode() in path.read_bytes()]
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 @loggers
@@ -403,8 +403,8 @@ def test_a_server_that_is_not_there(train_offline: Train, tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "error: logger=mlflow: API request to http://127.0.0.1:9/" in done.stderr
     assert "Traceback" not in done.stderr
-    found = [path for path in run_dir.rglob("*") if path.is_file()]
-    assert not [path for path in found if b"s3cret" in path.read_bytes()]
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"s3cret" in path.read_bytes()]
     assert not (run_dir / "checkpoints").exists()
 
 

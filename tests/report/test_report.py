@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 
 from equiloss.cli.main import app
 from equiloss.launching import command
-from equiloss.launching.claim import claim
 from equiloss.launching.ledger import ATTEMPT, Ledger
+from equiloss.launching.resume import claim
 from equiloss.records.run_dir import EVALUATION, METRICS, RESULTS
 from equiloss.report.compare import compare
 from equiloss.report.figures import PICTURES
 from equiloss.report.page import page, write_report
-from equiloss.report.runs import ReportError, find
+from equiloss.report.runs import ReportError, find_runs
 from equiloss.run import run
-from left_behind import LOSSES, edit, three_losses, write_evaluation, write_run
+from left_behind import LOSSES, edit, formulation, three_losses, write_evaluation, write_run
 from support import QUIET, composed
 
 
@@ -39,7 +39,7 @@ def test_page_data_and_pictures(tmp_path: Path) -> None:
 def test_a_bar_in_a_label_ends_no_cell(tmp_path: Path) -> None:
     write_run(tmp_path / "a", data={"name": "a|b"})
     write_run(tmp_path / "b", data={"name": "c"})
-    assert "| cross_entropy, name=a\\|b | 1/1 |" in page(compare(find([tmp_path])))
+    assert "| cross_entropy, name=a\\|b | 1/1 |" in page(compare(find_runs([tmp_path])))
 
 
 def test_a_picture_of_an_older_report_goes(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_two_hundred_runs_take_seconds(tmp_path: Path) -> None:
     comparison = write_report([tmp_path])
     seconds = time.perf_counter() - began
     print(f"200 runs in {seconds:.1f} s")
-    assert len(comparison.completed) == 200
+    assert [run.completed for run in comparison.run_set.runs] == [True] * 200
     assert seconds < 30  # measured: 1.4 s; the rest is for a machine that does other things too
 
 
@@ -126,8 +126,8 @@ def make_odd(run: Path, name: str, old: str | None, new: str | None) -> None:
 
 
 def draw(place: Path) -> None:
-    comparison = compare(find([place]))
-    assert comparison.completed == comparison.found.runs
+    comparison = compare(find_runs([place]))
+    assert all(run.completed for run in comparison.run_set.runs)
     for picture in PICTURES:
         figure = picture.draw(comparison)
         if figure is not None:
@@ -159,7 +159,7 @@ def test_matrices_of_other_classes_are_not_added_up(tmp_path: Path) -> None:
     for seed, classes in enumerate((3, 5, 3)):
         write_evaluation(write_run(tmp_path / str(seed), seed=seed), classes)
     (confusion,) = (picture for picture in PICTURES if picture.name == "confusion")
-    figure = confusion.draw(compare(find([tmp_path])))
+    figure = confusion.draw(compare(find_runs([tmp_path])))
     assert figure is not None
     (axes,) = figure.axes
     assert axes.get_title() == "cross_entropy (2 of 3 runs)"
@@ -172,7 +172,7 @@ def test_bars_stand_at_their_own_names(tmp_path: Path) -> None:
     for loss, timing in zip(sorted(LOSSES), timings, strict=True):
         edit(write_run(tmp_path / loss, loss), timing=timing)
     (bars_of_time,) = (picture for picture in PICTURES if picture.name == "time")
-    figure = bars_of_time.draw(compare(find([tmp_path])))
+    figure = bars_of_time.draw(compare(find_runs([tmp_path])))
     assert figure is not None
     for axes, name in zip(figure.axes, ("train_s", "samples_per_s"), strict=True):
         bars = {round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in axes.patches}
@@ -184,7 +184,7 @@ def test_bars_stand_at_their_own_names(tmp_path: Path) -> None:
 def test_groups_that_are_not_drawn_are_told(tmp_path: Path) -> None:
     for number in range(13):
         write_run(tmp_path / str(number), optimizer={"lr": number})
-    text = page(compare(find([tmp_path])), PICTURES)
+    text = page(compare(find_runs([tmp_path])), PICTURES)
     assert text.count("The first 12 of 13 groups.") == 3
     assert "The first 6 of 13 groups." in text
 
@@ -194,9 +194,10 @@ def test_a_sweep_that_parity_stopped_altogether_is_reported(
 ) -> None:
     monkeypatch.setenv(ATTEMPT, "first")
     error = "parity, step 0: off (error 300 times its bound) differ from the oracle"
-    write_run(tmp_path / "strict", status="failed", error=error)
+    parity = {"off": formulation(300.0, agree=False), "steps": 1, "agree": False}
+    write_run(tmp_path / "strict", status="failed", error=error, parity=parity)
     ledger = Ledger(tmp_path)
     ledger.begin("first", jobs=1, objective="val/nll", direction="minimize")
     ledger.add(0, "strict", "failed", error=error)
     assert command._close(tmp_path, ledger.newest("first")) == 1
-    assert "verdict: differs\n- Lockstep (same logits, 21 checks" in capsys.readouterr().out
+    assert "verdict: differs\n- Lockstep (same logits, 1 checks" in capsys.readouterr().out

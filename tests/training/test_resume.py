@@ -58,7 +58,7 @@ class StopBefore(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if pl_module.step_index == self.step:
+        if pl_module.global_step == self.step:
             raise StopError
 
 

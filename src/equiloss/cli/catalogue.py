@@ -1,4 +1,4 @@
-"""What is registered, as `equiloss losses` shows it: a table of all losses, a page on one."""
+"""Registered losses, as `equiloss losses` shows them: a table of all losses, a page on one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from equiloss.cli import braille
@@ -24,13 +24,13 @@ CURVE_POINTS = 56
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one registered loss."""
+    """A registered loss: its source, options, capabilities and docstring."""
 
     name: str
     source: str = ""
     """Distribution and version, or the module that registered it."""
     error: str | None = None
-    """Why nothing more is known."""
+    """Why it cannot be used; nothing more is known then."""
     options: dict[str, Any] = field(default_factory=dict)
     """Every option with its default; `???` where it is required."""
     types: dict[str, str] = field(default_factory=dict)
@@ -47,141 +47,124 @@ class Entry:
     """The first indented paragraph of its docstring."""
     doc: str | None = None
 
-    def listed(self) -> dict[str, Any]:
-        """The row of the table, as plain data."""
+    def summary(self) -> dict[str, Any]:
+        """The loss's row of the table, as plain data."""
         if self.error is not None:
             return {"name": self.name, "source": self.source, "error": self.error}
         left_out = ("error", "types", "formula", "doc")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Loss and gradient of two classes against the true class's probability."""
-
-    p: list[float]
-    loss: list[float]
-    gradient: list[float]
-    """d loss / d x_y, x_y being the true class's logit."""
-
-
-def entries() -> list[Entry]:
-    """Every registered loss; one that cannot be imported is named and breaks no other."""
-    return [entry(name) for name in registry.names()]
-
-
-def entry(name: str) -> Entry:
-    """One registered loss.
+def read_entry(name: str) -> Entry:
+    """Describe one registered loss; one that cannot be used has its error in the entry.
 
     Raises:
-        LossError: if the name is unknown. A loss that cannot be used has its error in the entry.
+        LossError: if the name is unknown.
     """
     if name not in registry.names():
-        registry.provider(name)
+        registry.provider(name)  # raises, with the near miss
     source = ""
     try:
         source = registry.provider(name).source
-        return _described(name, source)
+        return _usable_entry(name, source)
     except Exception as error:  # a plugin may fail in any way, and breaks no other
-        told = str(error) if isinstance(error, UserError) else _told(error)
-        return Entry(name, source, told)
+        message = str(error) if isinstance(error, UserError) else _with_type(error)
+        return Entry(name, source, message)
 
 
-def measure(name: str, points: int = CURVE_POINTS) -> Curve:
+def measure(name: str) -> dict[str, list[float]]:
     """Evaluate a loss with its default options on the logits (m/2, -m/2), m = log(p / (1 - p)).
 
     Class counts, where it wants them, are equal. Raises whatever the loss raises.
+
+    Returns:
+        `loss` and `gradient` (d loss / d x_y, x_y being the true class's logit) by the true
+        class's probability `p`.
     """
     import torch
 
     from equiloss.losses.criterion import Criterion
 
     criterion = Criterion(name, class_counts=[1, 1])
-    p = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    p = (torch.arange(CURVE_POINTS, dtype=torch.float64) + 0.5) / CURVE_POINTS
     margin = p.logit()
     logits = torch.stack([margin / 2, -margin / 2], dim=-1).requires_grad_()  # [points, 2]
-    losses = criterion.per_sample(logits, torch.zeros(points, dtype=torch.int64))
+    losses = criterion.per_sample(logits, torch.zeros(CURVE_POINTS, dtype=torch.int64))
     (slope,) = torch.autograd.grad(losses.sum(), logits)
-    return Curve(p.tolist(), losses.tolist(), slope[:, 0].tolist())
+    return {"p": p.tolist(), "loss": losses.tolist(), "gradient": slope[:, 0].tolist()}
 
 
-def table(found: Sequence[Entry]) -> Table:
+def table(entries: Sequence[Entry]) -> Table:
     """All losses, nothing left out: what is too wide for the terminal goes on in the next line."""
-    shown = Table(show_lines=True)
-    for title in ("loss, source, reference", "options", "capabilities"):
-        shown.add_column(title, overflow="fold")
-    for one in found:
-        about = Text.assemble((one.name, "bold"), "\n", (one.source, "dim"))
-        for line in (one.error, one.reference):
-            about.append(f"\n{line}" if line else "", style="red" if one.error else "dim")
-        options = (f"{key}={_shown(value)}" for key, value in one.options.items())
-        shown.add_row(about, Text("\n".join(options)), Text("\n".join(_capabilities(one))))
-    return shown
+    losses = _folding_table("loss, source, reference", "options", "capabilities", show_lines=True)
+    for entry in entries:
+        about = Text.assemble((entry.name, "bold"), "\n", (entry.source, "dim"))
+        for line in (entry.error, entry.reference):
+            about.append(f"\n{line}" if line else "", style="red" if entry.error else "dim")
+        options = (f"{key}={_default_text(value)}" for key, value in entry.options.items())
+        losses.add_row(about, Text("\n".join(options)), Text("\n".join(_capabilities(entry))))
+    return losses
 
 
-def page(one: Entry) -> dict[str, Any]:
-    """Everything that is known of one loss, its curve included, as plain data."""
-    if one.error is not None:
-        return one.listed()
-    told = one.listed() | {"types": one.types, "formula": one.formula, "doc": one.doc}
+def page(entry: Entry) -> dict[str, Any]:
+    """Everything that is known of a usable loss, its curve included, as plain data."""
+    known = entry.summary() | {"types": entry.types, "formula": entry.formula, "doc": entry.doc}
     try:
-        curve = vars(measure(one.name)).items()
-        # JSON knows no infinity and no NaN.
-        finite = {key: [v if math.isfinite(v) else None for v in values] for key, values in curve}
-        return told | {"curve": finite}
+        curve = measure(entry.name).items()
     except Exception as error:  # a plugin may fail in any way, and the rest of its page stands
-        return told | {"curve": None, "no_curve": _told(error)}
+        return known | {"curve": None, "no_curve": _with_type(error)}
+    # JSON knows no infinity and no NaN.
+    finite = {key: [v if math.isfinite(v) else None for v in values] for key, values in curve}
+    return known | {"curve": finite}
 
 
-def show_page(one: Entry, console: Console) -> None:
-    """One loss: its docstring with the formula, its options, and a plot."""
-    console.print(Text.assemble((one.name, "bold"), "  ", (one.source, "dim")))
-    if one.doc:
-        console.print(_readable(one.doc, one.formula))
-    for line in _facts(one):
+def show_page(entry: Entry, console: Console) -> None:
+    """Print a usable loss: its docstring with the formula, its options, and a plot."""
+    console.print(Text.assemble((entry.name, "bold"), "  ", (entry.source, "dim")))
+    if entry.doc:
+        console.print(_readable(entry.doc, entry.formula))
+    console.print(Text())
+    if entry.options:
+        options = _folding_table("option", "type", "default", title="options", title_justify="left")
+        for key, value in entry.options.items():
+            options.add_row(Text(f"loss.{key}"), Text(entry.types[key]), Text(_default_text(value)))
+        console.print(options)
+    capabilities = ", ".join(_capabilities(entry)) or "none beside its options"
+    console.print(Text(f"capabilities: {capabilities}"))
+    if entry.reference:
+        console.print(Text(f"reference: {entry.reference}"))
+    for line in _plot(entry.name):
         console.print(line)
-    for line in _plot(one.name):
-        console.print(line)
 
 
-def _facts(one: Entry) -> list[RenderableType]:
-    options = Table("option", "type", "default", title="options", title_justify="left")
-    for column in options.columns:
-        column.overflow = "fold"
-    for key, value in one.options.items():
-        options.add_row(Text(f"loss.{key}"), Text(one.types[key]), Text(_shown(value)))
-    facts = [Text(f"capabilities: {', '.join(_capabilities(one)) or 'none beside its options'}")]
-    if one.reference:
-        facts.append(Text(f"reference: {one.reference}"))
-    return [Text(), *([options] if one.options else []), *facts]
+def _folding_table(*titles: str, **options: Any) -> Table:
+    return Table(*(Column(title, overflow="fold") for title in titles), **options)
 
 
 def _plot(name: str) -> list[Text]:
     try:
-        found = measure(name)
+        curve = measure(name)
     except Exception as error:  # a plugin may fail in any way, and the rest of its page stands
-        return [Text(f"\nno plot: {_told(error)}")]
-    panels = (
-        braille.curve("loss", found.loss),
-        braille.curve("gradient, d loss / d x_y", found.gradient),
-    )
-    width = max(map(len, panels[0]))
-    pairs = [f"{left:<{width}}  {right}" for left, right in zip(*panels, strict=True)]
+        return [Text(f"\nno plot: {_with_type(error)}")]
+    loss = braille.curve("loss", curve["loss"])
+    gradient = braille.curve("gradient, d loss / d x_y", curve["gradient"])
+    width = max(map(len, loss))
+    pairs = [f"{left:<{width}}  {right}" for left, right in zip(loss, gradient, strict=True)]
     axis = " " * (braille.LABEL + 2) + "0" + f"{'p_y':^{CURVE_POINTS // 2 - 2}}" + "1"
     note = "Two classes, default options; p_y is the softmax probability of the true one."
     return [Text(line, no_wrap=True) for line in ("", *pairs, f"{axis}  {axis}")] + [Text(note)]
 
 
-def _capabilities(one: Entry) -> list[str]:
-    told = ["soft targets"] if one.soft_targets else []
-    told += ["class counts"] if "class_counts" in one.supports else []
-    told += [] if one.shift_invariant else ["not shift invariant"]
-    limit = one.max_logit_range
+def _capabilities(entry: Entry) -> list[str]:
+    capabilities = ["soft targets"] if entry.soft_targets else []
+    capabilities += ["class counts"] if "class_counts" in entry.supports else []
+    capabilities += [] if entry.shift_invariant else ["not shift invariant"]
+    limit = entry.max_logit_range
     if isinstance(limit, dict):
-        told += [f"range {value:.4g} ({dtype})" for dtype, value in limit.items()]
+        capabilities += [f"range {value:.4g} ({dtype})" for dtype, value in limit.items()]
     elif limit is not None:
-        told.append(f"range {limit:.4g}")
-    return told
+        capabilities.append(f"range {limit:.4g}")
+    return capabilities
 
 
 def _readable(doc: str, formula: str | None) -> Text:
@@ -197,14 +180,14 @@ def _readable(doc: str, formula: str | None) -> Text:
 
 
 def _formula(doc: str | None) -> str | None:
+    """The first indented paragraph of a docstring."""
     for paragraph in (doc or "").split("\n\n"):
-        lines = paragraph.splitlines()
-        if lines and all(line.startswith("    ") for line in lines):
+        if paragraph and all(line.startswith("    ") for line in paragraph.splitlines()):
             return inspect.cleandoc(paragraph)
     return None
 
 
-def _described(name: str, source: str) -> Entry:
+def _usable_entry(name: str, source: str) -> Entry:
     loss, signature = registry.get(name), registry.signature(name)
     doc = inspect.getdoc(loss)
     return Entry(
@@ -222,7 +205,7 @@ def _described(name: str, source: str) -> Entry:
     )
 
 
-def _told(error: Exception) -> str:
+def _with_type(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -232,14 +215,13 @@ def _range(signature: Signature) -> dict[str, float] | float | None:
         return None if limit is None else float(limit)
     import torch
 
-    dtypes = (torch.float32, torch.float64)
-    return {str(d).removeprefix("torch."): signature.domain(d) for d in dtypes}
+    return {dtype: signature.domain(getattr(torch, dtype)) for dtype in ("float32", "float64")}
 
 
-def _shown(default: Any) -> str:
+def _default_text(default: Any) -> str:
     """A default as it is written on the command line.
 
-    >>> [_shown(value) for value in (None, True, 0.5, "sum", "???")]
+    >>> [_default_text(value) for value in (None, True, 0.5, "sum", "???")]
     ['null', 'true', '0.5', 'sum', '(required)']
     """
     if default is None or isinstance(default, bool):

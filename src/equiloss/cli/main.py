@@ -24,6 +24,17 @@ from equiloss.losses.adapter import adapted
 from equiloss.losses.signature import config_node, read
 
 
+class _Commands(TyperGroup):
+    """Prints an error that the user can mend in one line, and exits with 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+
+
 class _LossesByDefault(TyperGroup):
     """Takes `verify NAME…` for `verify losses NAME…`."""
 
@@ -33,7 +44,12 @@ class _LossesByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 verify = typer.Typer(
     cls=_LossesByDefault,
     help="Hold losses against the laws of a loss (`verify NAME…`), or measure what this project "
@@ -56,23 +72,19 @@ def losses(
 ) -> None:
     """List the registered losses: where each comes from, its options, and what it can do."""
     if name is None:
-        found = catalogue.entries()
+        entries = [catalogue.read_entry(loss) for loss in registry.names()]
         if as_json:
-            print(json.dumps([one.listed() for one in found], indent=2, default=str))
+            print(json.dumps([entry.summary() for entry in entries], indent=2, default=str))
         else:
-            Console().print(catalogue.table(found))
+            Console().print(catalogue.table(entries))
         return
-    try:
-        one = catalogue.entry(name)
-        if one.error is not None:
-            raise LossError(one.error)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    entry = catalogue.read_entry(name)
+    if entry.error is not None:
+        raise LossError(entry.error)
     if as_json:
-        print(json.dumps(catalogue.page(one), indent=2, default=str))
+        print(json.dumps(catalogue.page(entry), indent=2, default=str))
     else:
-        catalogue.show_page(one, Console())
+        catalogue.show_page(entry, Console())
 
 
 @verify.command("losses")
@@ -108,15 +120,9 @@ def verify_losses(
 
     if any(":" in name for name in names or ()):
         sys.path.insert(0, str(Path.cwd()))  # as `python train.py` does
-    waiting = Console(stderr=True)
-    try:
-        chosen = names or registry.names()
-        given = _given_options(names or (), options or ())
-        with waiting.status("") as status:
-            verdicts = verify_all(chosen, given, tell=status.update)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    given = _given_options(names or (), options or ())
+    with Console(stderr=True).status("") as status:
+        verdicts = verify_all(names or registry.names(), given, tell=status.update)
     if as_json != "-":
         show(verdicts, Console())
     if as_json is not None:
@@ -178,11 +184,7 @@ def invariance(
     # Imported here: Lightning takes seconds, and `equiloss losses` does without it.
     from equiloss.invariance.proof import prove
 
-    try:
-        report = prove(output, part or ())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    report = prove(output, part or ())
     print(f"table and picture: {output}")
     if not report.holds:
         raise typer.Exit(1)
@@ -195,11 +197,7 @@ def sweep(
     """Show how far a sweep has come, while it runs or after."""
     from equiloss.launching import sweep_table
 
-    try:
-        jobs, line = sweep_table.table(directory)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    jobs, line = sweep_table.table(directory)
     console = Console()
     console.print(jobs)
     console.print(line, highlight=False, soft_wrap=True)
@@ -219,20 +217,14 @@ def report(
     # Imported here: matplotlib takes a second, and `equiloss losses` does without it.
     from equiloss.report.page import table, write_report
 
-    try:
-        comparison = write_report(directories, output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    comparison = write_report(directories, output)
     head, rows = table(comparison)
-    shown = Table(*(name.replace("test/", "test ") for name in head[:5]))
+    metrics = Table(*(name.replace("test/", "test ") for name in head[:5]))
     for row in rows:
-        shown.add_row(*row[:5])
+        metrics.add_row(*row[:5])
     console = Console()
-    console.print(shown)
-    for place, why in comparison.found.skipped.items():
+    console.print(metrics)
+    for place, why in comparison.run_set.skipped.items():
         print(f"skipped {place}: {why}", file=sys.stderr)
-    console.print(f"verdict: {comparison.verdict.word}", highlight=False)
-    for line in comparison.verdict.lines:
-        console.print(f"- {line}", highlight=False, soft_wrap=True)
+    console.print(str(comparison.verdict), highlight=False, soft_wrap=True)
     console.print(f"report: {output or directories[0] / 'report'}/report.md", soft_wrap=True)

@@ -31,7 +31,6 @@ __all__ = [
     "PRECISIONS",
     "REFUSED_TRAINER_ARGUMENTS",
     "SPLIT_METRICS",
-    "TASKS",
     "AugmentConfig",
     "CheckpointConfig",
     "Config",
@@ -47,8 +46,6 @@ __all__ = [
     "WandbConfig",
     "open_dict",
 ]
-
-TASKS = ("fit", "validate", "test")
 
 
 @dataclass
@@ -86,7 +83,7 @@ class Config:
     """Print the network's layers and parameter counts."""
 
     def __post_init__(self) -> None:
-        choose("task", self.task, TASKS)
+        choose("task", self.task, ("fit", "validate", "test"))
         choose("resume", self.resume, ("auto", "never"))
         choose("in_use", self.in_use, ("refuse", "wait"))
         choose("test_weights", self.test_weights, ("best", "last"))

@@ -6,16 +6,22 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from equiloss.config import Config, TrainerConfig
 from equiloss.errors import ConfigError
 
 # What only a person sees: a completed run is the same run without it.
 PRESENTATION = frozenset({"progress_bar", "model_summary", "resume", "in_use"})
+# Keys that each stored configuration has, whatever its version.
+MARKS = frozenset({"loss", "data", "model", "optimizer", "trainer", "parity", "task", "seed"})
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,45 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
     return ResolvedConfig(config, plain, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
+def read_stored(file: Path) -> dict[str, Any] | None:
+    """A stored configuration, completed with today's defaults; None if it is none of ours.
+
+    So a key that a later version adds makes no old run another configuration.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
+        return None
+    if not isinstance(plain, dict) or not plain.keys() >= MARKS:
+        return None
+    loss = plain["loss"]
+    named = isinstance(loss, dict) and "name" in loss
+    return with_defaults(cast(dict[str, Any], plain)) if named else None
+
+
+def with_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain configuration, completed with the defaults of today's schema.
+
+    >>> with_defaults({"trainer": {"devices": 2}})["trainer"]["reduction"]
+    'sum'
+    """
+    return _completed(_schema(), plain)
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(Config)))
+
+
+def _completed(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _completed(defaults[key], value)
+        for key, value in given.items()
+        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+    }
+    return {**defaults, **given, **nested}
+
+
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a nested configuration with its dotted key; a list is one value.
 
@@ -92,9 +137,11 @@ def sweep_name(choice: str | None, overrides: Sequence[str]) -> str:
     True
     """
     silent = {"sweep", *PRESENTATION}
-    told = sorted(text for text in overrides if text.partition("=")[0].lstrip("+~") not in silent)
+    distinct = sorted(
+        text for text in overrides if text.partition("=")[0].lstrip("+~") not in silent
+    )
     name = choice or "sweep"
-    return f"{name}-{short_hash(','.join(told))}" if told or choice is None else name
+    return f"{name}-{short_hash(','.join(distinct))}" if distinct or choice is None else name
 
 
 def register_schema() -> None:
@@ -104,5 +151,6 @@ def register_schema() -> None:
 
 # When this module is imported, as the workers of a parallel launcher do: they compose their own
 # job. The cache carries a sweep's name, made from the command, over to its jobs.
+OmegaConf.register_new_resolver("presentation_keys", lambda: sorted(PRESENTATION), replace=True)
 OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)

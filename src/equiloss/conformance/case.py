@@ -1,12 +1,13 @@
-"""Inputs that a loss is held against, and how far rounding may take a result."""
+"""Inputs and results of a loss, the bound of their rounding errors, and both as Python code."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Two evaluations of one function may differ by this many roundings of `rounding`. The built-in
@@ -16,7 +17,7 @@ ROUNDINGS = 32
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call of a loss."""
+    """Arguments of one call of a loss."""
 
     logits: Tensor
     """[N, C]; their dtype is that of the evaluation."""
@@ -30,12 +31,12 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """Number of rows N."""
         return self.logits.shape[0]
 
     @property
     def classes(self) -> int:
-        """C."""
+        """Number of classes C."""
         return self.logits.shape[1]
 
     @property
@@ -43,25 +44,41 @@ class Case:
         """Whether the targets are probabilities."""
         return self.target.is_floating_point()
 
-    def at(self, rows: list[int]) -> Case:
-        """These rows alone, in this order."""
+    def select(self, rows: list[int]) -> Case:
+        """The case with these rows alone, in this order."""
         return replace(self, logits=self.logits[rows], target=self.target[rows])
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The same numbers in another precision."""
+        """The case with its logits and probabilities in another dtype."""
         target = self.target.to(dtype) if self.soft else self.target
         return replace(self, logits=self.logits.to(dtype), target=target)
 
     def options(self) -> dict[str, Any]:
-        """What differs from a plain call, as options of a criterion."""
-        found: dict[str, Any] = {}
-        if self.weight is not None:
-            found["weight"] = list(self.weight)
-        if self.label_smoothing:
-            found["label_smoothing"] = self.label_smoothing
-        if self.ignore_index is not None:
-            found["ignore_index"] = self.ignore_index
-        return found
+        """Options of a criterion that differ from those of a plain call."""
+        options = {
+            "weight": None if self.weight is None else list(self.weight),
+            "label_smoothing": self.label_smoothing or None,
+            "ignore_index": self.ignore_index,
+        }
+        return {key: value for key, value in options.items() if value is not None}
+
+
+class Evaluation(NamedTuple):
+    """Result of one call of a loss."""
+
+    losses: Tensor
+    """[N]."""
+    gradient: Tensor
+    """Of the sum of the losses with respect to the logits [N, C]."""
+
+    def select(self, rows: list[int]) -> Evaluation:
+        """The result for these rows alone, in this order."""
+        return Evaluation(self.losses[rows], self.gradient[rows])
+
+    def errors(self, exact: Evaluation) -> Tensor:
+        """Largest error of each row [N], over its loss and the components of its gradient."""
+        gradient_errors = (self.gradient - exact.gradient).abs().amax(-1)
+        return torch.maximum((self.losses - exact.losses).abs(), gradient_errors)
 
 
 def batch(
@@ -72,7 +89,7 @@ def batch(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Case:
-    """Normal logits, and targets that take the classes in turn.
+    """Make a case of normal logits, and of targets that take the classes in turn.
 
     Args:
         rows: N.
@@ -88,25 +105,24 @@ def batch(
 
 
 def one_hot(case: Case) -> Case:
-    """The same classes as probabilities."""
-    classes = torch.arange(case.classes)
-    return replace(case, target=(case.target.unsqueeze(-1) == classes).to(case.logits.dtype))
+    """The case with its classes as one-hot probabilities [N, C]."""
+    return replace(case, target=F.one_hot(case.target, case.classes).to(case.logits.dtype))
 
 
 def soft(case: Case, seed: int = 0) -> Case:
-    """The same logits with probabilities that lie inside the simplex."""
+    """The case with random probabilities [N, C], all above 0, as its targets."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(case.logits.shape, generator=generator, dtype=torch.float64)
     return replace(case, target=scores.softmax(-1).to(case.logits.dtype))
 
 
 def class_weights(classes: int) -> tuple[float, ...]:
-    """Unequal weights with one that is 0: 0.5, 2, 0, 3, and so on."""
+    """Unequal class weights, one of them 0: 0.5, 2, 0, 3, and so on."""
     return tuple((0.5, 2.0, 0.0, 3.0)[label % 4] for label in range(classes))
 
 
 def rounding(case: Case, losses: Tensor, gradient: Tensor) -> Tensor:
-    """How far apart rounding may take two evaluations of each row [N], in loss or gradient.
+    """Bound on the rounding error between two evaluations of each row [N], in loss or gradient.
 
         ROUNDINGS · eps · (1 + |loss| + (1 + |g|) (1 + |x|))    |g| = sum_c |g_c|, |x| = max_c |x_c|
 
@@ -145,7 +161,7 @@ def literal(value: float, dtype: torch.dtype) -> str:
 
 
 def tensor_code(tensor: Tensor) -> str:
-    """The tensor as an expression that makes it again.
+    """Write a tensor as the Python expression that makes it again.
 
     >>> tensor_code(torch.tensor([[0.1, 2.0]], dtype=torch.float64))
     'torch.tensor([[0.1, 2.0]], dtype=torch.float64)'
@@ -163,7 +179,7 @@ def tensor_code(tensor: Tensor) -> str:
 
 
 def entries(tensor: Tensor) -> str:
-    """The numbers of a tensor, as nested lists.
+    """Write the entries of a tensor as nested lists.
 
     >>> entries(torch.tensor([[0.1, 2.0]]))
     '[[0.1, 2.0]]'

@@ -1,16 +1,19 @@
-"""Laws of the gradient, and of what the loss does far out and under a shift."""
+"""Laws of derivatives, of extreme logits, and of a constant added to all logits."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck
 from torch.func import functional_call
 
 from equiloss.conformance.case import Case
-from equiloss.conformance.law import Difference, DoesNotApply, Violates, apart, law
+from equiloss.conformance.law import Difference, DoesNotApply, beyond_rounding, law, unequal
 from equiloss.conformance.rows import attached, independence, not_finite
 from equiloss.conformance.search import search
 from equiloss.conformance.subject import Subject, errors_of_the_loss
@@ -29,41 +32,35 @@ SHIFTS = (1.0, -7.0, 1000.0)
 def gradient(subject: Subject) -> None:
     """The gradient is the derivative of the loss (float64, against central differences)."""
     cases = [subject.batch(3, 4), subject.batch(3, 3, seed=1, scale=6)]
-    search(subject, cases, not_the_derivative(subject), tries=100)
+    search(subject, cases, partial(not_the_derivative, subject), tries=100)
 
 
-def not_the_derivative(subject: Subject) -> Violates:
-    """Whether torch's gradcheck refuses the gradient of the losses in the logits."""
-
-    def violates(case: Case) -> Difference | None:
-        criterion = subject.criterion(case)
-
-        def losses(logits: Tensor) -> Tensor:
-            return criterion.per_sample(subject.given(logits), case.target)
-
-        with errors_of_the_loss():
-            # Its tolerances (1e-5 + 1e-3 relative) are what differences over a step of 1e-6 err by
-            # at most, for third derivatives up to 1e7.
-            right = torch.autograd.gradcheck(
-                losses, case.logits.clone().requires_grad_(), eps=STEP, raise_exception=False
-            )
-        if right:
-            return None
-        _, gradient = subject.losses_and_gradient(case)
-        return Difference("gradient", gradient, _differences(subject, case))
-
-    return violates
+def not_the_derivative(subject: Subject, case: Case) -> Difference | None:
+    """The gradient in the logits and the central differences, if torch's gradcheck refuses it."""
+    losses = subject.per_sample(case)
+    if _passes_gradcheck(lambda logits: losses(logits, case.target), case.logits):
+        return None
+    gradient = subject.evaluate(case).gradient
+    return Difference("gradient", gradient, _central_differences(subject, case))
 
 
-def _differences(subject: Subject, case: Case) -> Tensor:
+def _passes_gradcheck(function: Callable[[Tensor], Tensor], value: Tensor, **options: bool) -> bool:
+    """Whether torch's gradcheck accepts the gradient of a function at a value."""
+    with errors_of_the_loss():
+        # Its tolerances (1e-5 + 1e-3 relative) are what differences over a step of 1e-6 err by
+        # at most, for third derivatives up to 1e7.
+        leaf = value.detach().clone().requires_grad_()
+        return gradcheck(function, leaf, eps=STEP, raise_exception=False, **options)
+
+
+def _central_differences(subject: Subject, case: Case) -> Tensor:
     """Central differences [N, C]: rows are independent, so that one step serves all of them."""
-    columns = []
-    for label in range(case.classes):
-        step = torch.zeros_like(case.logits)
-        step[:, label] = STEP
-        above = subject.losses(replace(case, logits=case.logits + step))
-        below = subject.losses(replace(case, logits=case.logits - step))
-        columns.append((above - below) / (2 * STEP))
+
+    def losses(step: Tensor) -> Tensor:
+        return subject.losses(replace(case, logits=case.logits + step))
+
+    steps = STEP * torch.eye(case.classes, dtype=case.logits.dtype)  # [C, C], one in each logit
+    columns = [(losses(step) - losses(-step)) / (2 * STEP) for step in steps]
     # No more digits than they have.
     return torch.stack(columns, dim=-1).round(decimals=6)  # [N, C]
 
@@ -73,69 +70,62 @@ def parameters(subject: Subject) -> None:
     """Each of its parameters gets its derivative, and its state_dict holds all that it learned."""
     case = subject.batch(4, 4)
     criterion = subject.criterion(case)
-    if not list(criterion.parameters()) and not list(criterion.buffers()):
+    if not [*criterion.parameters(), *criterion.buffers()]:
         raise DoesNotApply("it has no parameters")
 
     def violates(case: Case) -> Difference | None:
-        return _wrong_parameter(subject, case) or _state_left_behind(subject, case)
+        return _wrong_parameter_gradient(subject, case) or _unsaved_state(subject, case)
 
     search(subject, [case], violates, tries=100)
 
 
-def _wrong_parameter(subject: Subject, case: Case) -> Difference | None:
+def _wrong_parameter_gradient(subject: Subject, case: Case) -> Difference | None:
+    """The gradient of the first parameter whose gradient is missing, or refused by gradcheck."""
     criterion = subject.criterion(case)
     learned = {key: value for key, value in criterion.named_parameters() if value.requires_grad}
     with errors_of_the_loss():
         logits = case.logits.clone().requires_grad_()  # as a network's are
-        total = criterion(subject.given(logits), case.target).total
+        total = criterion(subject.outputs(logits), case.target).total
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
             total, list(learned.values()), allow_unused=True
         )
+    arguments = subject.outputs(case.logits), case.target
     for key, gradient in zip(learned, gradients, strict=True):
         name = f"parameter {key.removeprefix('loss.')}, its gradient"
         if gradient is None:
             return Difference(name, "none", "its derivative")
 
         def total_of(value: Tensor, key: str = key) -> Tensor:
-            given = subject.given(case.logits), case.target
-            summed = functional_call(criterion, {key: value}, given)
-            total: Tensor = summed.total
+            total: Tensor = functional_call(criterion, {key: value}, arguments).total
             return total
 
-        value = learned[key].detach().clone().requires_grad_()
-        with errors_of_the_loss():
-            # fast_mode: in a random direction, however many numbers the parameter has.
-            right = torch.autograd.gradcheck(
-                total_of, value, eps=STEP, fast_mode=True, raise_exception=False
-            )
-        if not right:
+        # fast_mode: in a random direction, however many numbers the parameter has.
+        if not _passes_gradcheck(total_of, learned[key], fast_mode=True):
             return Difference(name, gradient, "its derivative, by central differences")
     return None
 
 
-def _state_left_behind(subject: Subject, case: Case) -> Difference | None:
-    """Whether another module with the first one's state_dict gives another loss."""
-    first, second = subject.make(case), subject.make(case, seed=1)
+def _unsaved_state(subject: Subject, case: Case) -> Difference | None:
+    """The losses of a learned module and of another that loaded its state_dict, if they differ."""
+    first, second = subject.new_criterion(case), subject.new_criterion(case, seed=1)
     with errors_of_the_loss(), torch.no_grad():
         for value in first.parameters():
             value.add_(0.125)  # as if it had learned
-        given = subject.given(case.logits), case.target
-        expected = first.per_sample(*given)
+        arguments = subject.outputs(case.logits), case.target
+        expected = first.per_sample(*arguments)
         second.load_state_dict(first.state_dict())
-        got = second.per_sample(*given)
-    if torch.equal(got, expected):
-        return None
-    return Difference("losses after load_state_dict(state_dict)", got, expected)
+        got = second.per_sample(*arguments)
+    return unequal("losses after load_state_dict(state_dict)", got, expected)
 
 
 @law(gradient)
 def extremes(subject: Subject) -> None:
     """Loss and gradient are finite at extreme logits, or up to max_logit_range."""
-    search(subject, extreme_cases(subject), not_finite_anywhere(subject))
+    search(subject, extreme_cases(subject), partial(not_finite_anywhere, subject))
 
 
 def extreme_cases(subject: Subject) -> list[Case]:
-    """One logit far above or below the others, all far from 0, and each class the target."""
+    """Cases with one logit far from the others, all far from 0, or in a ramp, for each target."""
     cases = []
     for dtype in (torch.float32, torch.float64):
         classes = subject.batch(1, 3).classes
@@ -153,20 +143,15 @@ def extreme_cases(subject: Subject) -> list[Case]:
     return cases
 
 
-def not_finite_anywhere(subject: Subject) -> Violates:
-    """Whether a loss or a gradient is not finite."""
-
-    def violates(case: Case) -> Difference | None:
-        losses, gradient = subject.losses_and_gradient(case)
-        found = not_finite(losses)
-        if found is not None:
-            return found
-        for row in range(case.rows):
-            if not gradient[row].isfinite().all():
-                return Difference(f"gradient of row {row}", gradient[row], "finite numbers")
-        return None
-
-    return violates
+def not_finite_anywhere(subject: Subject, case: Case) -> Difference | None:
+    """The first loss that is not finite; if there is none, the first such gradient of a row."""
+    losses, gradient = subject.evaluate(case)
+    wrong_gradients = (
+        Difference(f"gradient of row {row}", row_gradient, "finite numbers")
+        for row, row_gradient in enumerate(gradient)
+        if not row_gradient.isfinite().all()
+    )
+    return not_finite(losses) or next(wrong_gradients, None)
 
 
 @law(independence)
@@ -176,13 +161,13 @@ def shift(subject: Subject) -> None:
         raise DoesNotApply("shift_invariant says that it does not hold")
 
     def violates(case: Case) -> Difference | None:
-        expected = subject.losses_and_gradient(case)
+        expected = subject.evaluate(case)
         for constant in SHIFTS:
-            moved = replace(case, logits=case.logits + constant)
-            got = subject.losses_and_gradient(moved)
-            found = apart(f"of logits + {constant:g}", moved, got, expected)
-            if found is not None:
-                return found
+            shifted = replace(case, logits=case.logits + constant)
+            what = f"of logits + {constant:g}"
+            difference = beyond_rounding(what, shifted, subject.evaluate(shifted), expected)
+            if difference is not None:
+                return difference
         return None
 
     search(subject, [subject.batch(4, 4)], violates)

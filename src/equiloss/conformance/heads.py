@@ -8,7 +8,7 @@ from torch import Tensor
 from equiloss.conformance.case import Case, entries, rounding, tensor_code
 from equiloss.conformance.derivatives import gradient
 from equiloss.conformance.law import Broken, CounterExample, DoesNotApply, law
-from equiloss.conformance.spelling import criterion
+from equiloss.conformance.spelling import criterion_code
 from equiloss.conformance.subject import Subject, errors_of_the_loss
 from equiloss.losses.projection import Projection
 
@@ -26,6 +26,7 @@ def head(subject: Subject) -> None:
 
 
 def _check(subject: Subject, rows: int, width: int, classes: int) -> None:
+    """Check features [rows, width] and a head [classes, width] against the loss of their logits."""
     leaves = {
         "features": _numbers(rows, width, 2),
         "head_weight": _numbers(classes, width, 4),
@@ -33,11 +34,10 @@ def _check(subject: Subject, rows: int, width: int, classes: int) -> None:
     }
     if not subject.signature.takes_head_bias:
         del leaves["head_bias"]
-    given = Projection(leaves["features"], leaves["head_weight"], leaves.get("head_bias"))
-    logits = given.logits().detach()
-    case = Case(logits, torch.arange(rows) % classes)
+    head = Projection(leaves["features"], leaves["head_weight"], leaves.get("head_bias"))
+    case = Case(head.logits().detach(), torch.arange(rows) % classes)
     # Of the loss with a head that is the identity, which other laws hold to be right.
-    losses, slope = subject.losses_and_gradient(case)
+    losses, slope = subject.evaluate(case)
     expected = {
         "losses": losses,
         "gradient of features": slope @ leaves["head_weight"],
@@ -45,7 +45,7 @@ def _check(subject: Subject, rows: int, width: int, classes: int) -> None:
         "gradient of head_bias": slope.sum(0),
     }
     with errors_of_the_loss():
-        result = subject.criterion(case).per_sample(given, case.target)
+        result = subject.criterion(case).per_sample(head, case.target)
         gradients = torch.autograd.grad(
             result.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
         )
@@ -60,20 +60,19 @@ def _check(subject: Subject, rows: int, width: int, classes: int) -> None:
 
 
 def _numbers(rows: int, columns: int, parts: int) -> Tensor:
-    """Different round numbers in (-1, 1], [rows, columns]."""
+    """A matrix [rows, columns] of different round numbers in (-1, 1], which requires grad."""
     numbers = torch.arange(rows * columns, dtype=torch.float64) % (2 * parts) + 1 - parts
     return (numbers / parts).reshape(rows, columns).flip(0).requires_grad_()
 
 
 def _code(subject: Subject, leaves: dict[str, Tensor], target: Tensor) -> str:
+    """Write the call with features and head as lines of Python."""
     lines = [f"{key} = {tensor_code(value.detach())}" for key, value in leaves.items()]
     bias = "head_bias" if "head_bias" in leaves else "None"
-    loss = criterion(subject, len(leaves["head_weight"]), {})
-    return "\n".join(
-        [
-            *lines,
-            f"target = {tensor_code(target)}",
-            f"head = Projection(features, head_weight, {bias})",
-            f"losses = {loss}.per_sample(head, target)",
-        ]
-    )
+    criterion = criterion_code(subject, len(leaves["head_weight"]), {})
+    lines += [
+        f"target = {tensor_code(target)}",
+        f"head = Projection(features, head_weight, {bias})",
+        f"losses = {criterion}.per_sample(head, target)",
+    ]
+    return "\n".join(lines)

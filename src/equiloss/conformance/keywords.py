@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 
 from equiloss.conformance.case import Case
-from equiloss.conformance.law import Broken, CounterExample, Difference, law
-from equiloss.conformance.rows import repeatable, wrong_form
+from equiloss.conformance.law import Broken, CounterExample, Difference, law, unequal
+from equiloss.conformance.rows import repeatable, wrong_shape_or_dtype
 from equiloss.conformance.search import search
 from equiloss.conformance.subject import LossRaised, Subject, errors_of_the_loss
 from equiloss.losses.signature import RESERVED, Option
@@ -29,37 +30,38 @@ def options(subject: Subject) -> str | None:
     }
     for key, option in declared.items():
         if key not in subject.options:
-            _default_differs(subject, case, key, option)
+            _check_default(subject, case, key, option.default)
         for choice in option.choices:
-            _choice_fails(subject, case, key, choice)
-    _undeclared_is_taken(subject, case)
-    without_effect = [
-        key for key, option in declared.items() if not _has_effect(subject, case, key, option)
-    ]
+            _check_choice(subject, case, key, choice)
+    _check_undeclared(subject, case)
+    without_effect = [key for key in declared if not _has_effect(subject, case, key, declared[key])]
     if without_effect:
         return f"no other value of {', '.join(without_effect)} that was tried changed the loss"
     return None
 
 
-def _default_differs(subject: Subject, case: Case, key: str, option: Option) -> None:
-    given = subject.with_options(**{key: option.default})
+def _check_default(subject: Subject, case: Case, key: str, default: Any) -> None:
+    """Raise `Broken` if the loss with an option at its default is not the loss without it."""
+    explicit = subject.with_options(**{key: default})
 
     def violates(case: Case) -> Difference | None:
-        got, expected = given.losses(case), subject.losses(case)
-        if torch.equal(got, expected):
-            return None
-        return Difference(f"losses with the default, {option.default!r}", got, expected)
+        what = f"losses with the default, {default!r}"
+        return unequal(what, explicit.losses(case), subject.losses(case))
 
-    search(given, [case], violates)
+    search(explicit, [case], violates)
 
 
-def _choice_fails(subject: Subject, case: Case, key: str, choice: str) -> None:
+def _check_choice(subject: Subject, case: Case, key: str, choice: str) -> None:
+    """Raise `Broken` if the loss fails with one of an option's choices."""
     chosen = subject.with_options(**{key: choice})
-    search(chosen, [case], lambda case: wrong_form(case, chosen.losses(case)))
+    search(chosen, [case], lambda case: wrong_shape_or_dtype(case, chosen.losses(case)))
 
 
-def _undeclared_is_taken(subject: Subject, case: Case) -> None:
-    """A wrapper with **options may hide behind the signature of what it wraps."""
+def _check_undeclared(subject: Subject, case: Case) -> None:
+    """Raise `Broken` if the loss takes an option that its signature does not have.
+
+    A wrapper with **options may hide behind the signature of what it wraps.
+    """
     try:
         with errors_of_the_loss():
             if subject.is_module:
@@ -74,19 +76,18 @@ def _undeclared_is_taken(subject: Subject, case: Case) -> None:
 def _has_effect(subject: Subject, case: Case, key: str, option: Option) -> bool:
     """Whether another value changes a loss, or none can be tried."""
     expected = subject.losses(case)
-    ran = False
+    accepted = False
     for value in _other_values(option):
-        try:
-            got = subject.with_options(**{key: value}).losses(case)
-        except LossRaised:
-            continue  # a value that the loss refuses
-        ran = True
-        if not torch.equal(got, expected):
-            return True
-    return not ran
+        with suppress(LossRaised):  # a value that the loss refuses
+            losses = subject.with_options(**{key: value}).losses(case)
+            accepted = True
+            if not torch.equal(losses, expected):
+                return True
+    return not accepted
 
 
 def _other_values(option: Option) -> Iterator[Any]:
+    """Values of the default's type, or choices, that may have an effect."""
     default = option.default
     if option.choices:
         yield from (choice for choice in option.choices if choice != default)

@@ -1,19 +1,15 @@
-"""A law: what must hold of every loss, and how its breach is shown."""
+"""Laws of losses, and the counter-examples to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from equiloss.conformance.case import Case, rounding
-
-if TYPE_CHECKING:
-    from equiloss.conformance.subject import Subject
-
+from equiloss.conformance.case import Case, Evaluation, rounding
+from equiloss.conformance.subject import Subject
 
 # What a counter-example says where the loss gave no result.
 RAISED = "error"
@@ -21,7 +17,7 @@ RAISED = "error"
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """What must hold of every loss."""
+    """A property that every loss must have, with the check of it."""
 
     name: str
     sentence: str
@@ -47,18 +43,18 @@ class DoesNotApply(Exception):  # noqa: N818 - no error: the law is about someth
 
 @dataclass(frozen=True)
 class Difference:
-    """What one call gave, and what the law says."""
+    """A result of a call, and the one that the law demands."""
 
     what: str
     """Which result: `loss of row 1`."""
     got: Tensor | float | str
     expected: Tensor | float | str
-    by_itself: bool = False
-    """Of the loss, called without the criterion."""
+    without_criterion: bool = False
+    """Whether the loss was called by itself, without the criterion."""
 
     @property
     def kind(self) -> str:
-        """A wrong number, something that is no number, or an error: they are never one mistake."""
+        """Kind of mistake, which shrinking keeps: a wrong number, one not finite, or an error."""
         if isinstance(self.got, str):
             return self.what
         return "number" if torch.as_tensor(self.got).isfinite().all() else "no number"
@@ -76,14 +72,9 @@ class CounterExample:
     """Empty where what was got is an error."""
 
     def lines(self) -> list[str]:
-        """The call, and what it gave."""
-        found = f"got {self.got}, expected {self.expected}" if self.expected else self.got
-        return [*self.code.splitlines(), f"{self.what}: {found}"]
-
-    @classmethod
-    def of_error(cls, error: BaseException | str) -> CounterExample:
-        """An error outside of any call."""
-        return cls("", RAISED, str(error), "")
+        """The lines of the call, and one for its result."""
+        result = f"got {self.got}, expected {self.expected}" if self.expected else self.got
+        return [*self.code.splitlines(), f"{self.what}: {result}"]
 
 
 class Broken(Exception):  # noqa: N818 - it carries a finding, and always reaches a verdict
@@ -93,18 +84,42 @@ class Broken(Exception):  # noqa: N818 - it carries a finding, and always reache
         super().__init__("\n".join(example.lines()))
         self.example = example
 
+    @classmethod
+    def by_error(cls, error: BaseException | str) -> Broken:
+        """A law broken by an error outside of any call."""
+        return cls(CounterExample("", RAISED, str(error), ""))
+
+
+Finding = str | Broken | DoesNotApply | None
+"""What the check of a law finds: a remark or None where the law holds."""
 
 Violates = Callable[[Case], Difference | None]
-"""What is wrong with a call; None if nothing is."""
+"""The difference by which a call breaks a law; None if it does not."""
 
 
-def apart(
-    what: str, case: Case, got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]
+def unequal(what: str, got: Tensor, expected: Tensor) -> Difference | None:
+    """The difference between two results that must be equal to the last bit."""
+    return None if torch.equal(got, expected) else Difference(what, got, expected)
+
+
+def beyond_rounding(
+    what: str, case: Case, got: Evaluation, expected: Evaluation
 ) -> Difference | None:
-    """Whether two evaluations of a case's losses and gradient differ by more than rounding."""
+    """The difference between two evaluations of a case, if it is more than rounding explains."""
     bound = rounding(case, *expected)
-    if not ((got[0] - expected[0]).abs() <= bound).all():
-        return Difference(f"losses {what}", got[0], expected[0])
-    if not ((got[1] - expected[1]).abs().amax(-1) <= bound).all():
-        return Difference(f"gradient {what}", got[1], expected[1])
+    if not ((got.losses - expected.losses).abs() <= bound).all():
+        return Difference(f"losses {what}", got.losses, expected.losses)
+    if not ((got.gradient - expected.gradient).abs().amax(-1) <= bound).all():
+        return Difference(f"gradient {what}", got.gradient, expected.gradient)
+    return None
+
+
+def row_beyond(
+    bound: Tensor, names: Sequence[str], got: Evaluation, expected: Evaluation
+) -> Difference | None:
+    """The difference in the first row whose loss or gradient is further off than its bound [N]."""
+    for row, name in enumerate(names):
+        for quantity, values, exact in zip(("loss", "gradient"), got, expected, strict=True):
+            if not (values[row] - exact[row]).abs().max() <= bound[row]:
+                return Difference(f"{quantity} of {name}", values[row], exact[row])
     return None

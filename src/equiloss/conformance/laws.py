@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from equiloss.conformance.derivatives import extremes, gradient, parameters, shift
-from equiloss.conformance.heads import head
-from equiloss.conformance.keywords import options
+from equiloss.conformance import derivatives, heads, keywords, precision, rows, targets, transforms
 from equiloss.conformance.law import Law
-from equiloss.conformance.precision import accuracy, promotion
 from equiloss.conformance.ranks import ranks
-from equiloss.conformance.rows import (
-    attached,
-    finite,
-    independence,
-    loads,
-    pure,
-    repeatable,
-    shape,
-    sizes,
-    unreduced,
-)
-from equiloss.conformance.targets import (
-    combinations,
-    ignored_rows,
-    label_smoothing,
-    soft_targets,
-    weight,
-)
-from equiloss.conformance.transforms import compiled, per_sample_gradients
 
 # What a law needs stands before it.
 LAWS: tuple[Law, ...] = (
-    *(loads, shape, finite, sizes, pure, repeatable, attached, unreduced, independence),
-    *(gradient, parameters, head, extremes, shift),
-    options,
-    *(soft_targets, label_smoothing, weight, ignored_rows, combinations),
-    *(promotion, accuracy),
-    *(per_sample_gradients, compiled),
+    *(rows.loads, rows.shape, rows.finite, rows.sizes, rows.pure, rows.repeatable),
+    *(rows.attached, rows.unreduced, rows.independence),
+    *(derivatives.gradient, derivatives.parameters, heads.head),
+    *(derivatives.extremes, derivatives.shift),
+    keywords.options,
+    *(targets.soft_targets, targets.label_smoothing, targets.weight),
+    *(targets.ignored_rows, targets.combinations),
+    *(precision.promotion, precision.accuracy),
+    *(transforms.per_sample_gradients, transforms.compiled),
     ranks,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -14,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from equiloss.conformance.case import Case, rounding
-from equiloss.conformance.law import Broken, CounterExample, Difference, DoesNotApply, law
+from equiloss.conformance.law import Broken, Difference, DoesNotApply, Finding, law
 from equiloss.conformance.search import counter_example
 from equiloss.conformance.subject import Subject
 from equiloss.conformance.transforms import compiled, per_sample_gradients
 from equiloss.distributed import collectives
-from equiloss.distributed.process_groups import run_ranks
+from equiloss.distributed.process_groups import RankEndedError, run_ranks
 from equiloss.errors import LossError
 from equiloss.imports import import_target
 from equiloss.losses import reduction
@@ -30,7 +31,7 @@ SEVEN_ROWS: dict[int, list[tuple[int, ...]]] = {1: [(7,)], 2: [(6, 1), (0, 7)], 
 
 
 class Job(NamedTuple):
-    """A global batch, and how its rows are spread over ranks."""
+    """A step on a global batch whose rows are spread over ranks."""
 
     name: str
     target: str
@@ -43,73 +44,57 @@ class Job(NamedTuple):
 
 @dataclass
 class Step:
-    """What one rank found."""
+    """Result of one job on one rank."""
 
     loss: float = 0.0
     """Of the global batch."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Of that loss: in this rank's `logits` [n, C], and in the loss's parameters."""
     error: str = ""
-    """What the loss raised."""
+    """The error that the loss raised."""
     importable: bool = True
-
-
-Outcome = Broken | DoesNotApply | None
 
 
 @law(compiled, per_sample_gradients)
 def ranks(subject: Subject) -> None:
     """On 1, 2 and 3 processes a global batch has the loss and gradient that it has on one."""
-    (outcome,) = check_ranks([subject])
-    if outcome is not None:
-        raise outcome
+    (finding,) = check_ranks([subject])
+    if isinstance(finding, Exception):
+        raise finding
 
 
-def check_ranks(subjects: Sequence[Subject]) -> list[Outcome]:
-    """The law of ranks for many losses at once: starting processes is what takes the time."""
+def check_ranks(subjects: Sequence[Subject]) -> list[Finding]:
+    """Check the law of ranks for many losses at once: starting processes is what takes the time."""
     if not (dist.is_available() and dist.is_gloo_available()):
         return [DoesNotApply("this torch has no gloo") for _ in subjects]
-    outcomes: list[Outcome] = [None] * len(subjects)
-    targets: dict[int, str] = {}
-    for number, subject in enumerate(subjects):
-        try:
-            targets[number] = _place(subject)
-        except DoesNotApply as reason:
-            outcomes[number] = reason
+    targets = {subject: _import_path(subject) for subject in subjects}
+    not_in_module = "another process cannot import it: it is not in a module by its name"
+    findings: dict[Subject, Finding] = {
+        subject: None if target else DoesNotApply(not_in_module)
+        for subject, target in targets.items()
+    }
     for world_size in ONE_ROW:
         jobs = {
-            number: list(_jobs(subjects[number], target, world_size))
-            for number, target in targets.items()
-            if outcomes[number] is None
+            subject: list(_jobs(subject, targets[subject], world_size))
+            for subject, finding in findings.items()
+            if finding is None
         }
-        for number, found in _run_all(world_size, jobs).items():
-            if isinstance(found, str):
-                error = f"on {world_size} processes, {found}"
-                outcomes[number] = Broken(CounterExample.of_error(error))
-            else:
-                outcomes[number] = _judge(subjects[number], jobs[number], found)
-    return outcomes
+        findings |= _run_and_judge(world_size, jobs)
+    return [findings[subject] for subject in subjects]
 
 
-def _place(subject: Subject) -> str:
-    """Where another process finds the loss.
-
-    Raises:
-        DoesNotApply: if it does not.
-    """
+def _import_path(subject: Subject) -> str:
+    """The `module:attribute` by which another process can import the loss; empty if it cannot."""
     loss = subject.source
     module, name = str(getattr(loss, "__module__", "")), str(getattr(loss, "__qualname__", ""))
-    try:
-        found = module != "__main__" and attrgetter(name)(sys.modules[module]) is loss
-    except (KeyError, AttributeError):
-        found = False
-    if not found:
-        raise DoesNotApply("another process cannot import it: it is not in a module by its name")
-    return f"{module}:{name}"
+    with suppress(KeyError, AttributeError):
+        if module != "__main__" and attrgetter(name)(sys.modules[module]) is loss:
+            return f"{module}:{name}"
+    return ""
 
 
 def _jobs(subject: Subject, target: str, world_size: int) -> Iterator[Job]:
-    """The smallest batch first, then larger ones."""
+    """The jobs of one loss: the smallest batch first, then larger ones."""
     small = subject.batch(1, 2, scale=0)
     yield Job(subject.name, target, subject.options, small, ONE_ROW[world_size])
     for case in subject.combined(subject.batch(7, 4)):
@@ -117,41 +102,38 @@ def _jobs(subject: Subject, target: str, world_size: int) -> Iterator[Job]:
             yield Job(subject.name, target, subject.options, case, rows)
 
 
-def _run_all(
-    world_size: int, jobs: dict[int, list[Job]]
-) -> dict[int, list[tuple[Step, ...]] | str]:
-    """Steps of all ranks for each job; an error where the loss brings a rank down."""
-    every = [job for own in jobs.values() for job in own]
-    if not every:
+def _run_and_judge(world_size: int, jobs: dict[Subject, list[Job]]) -> dict[Subject, Finding]:
+    """Run the jobs of all losses in one process group; a loss that brings a rank down is broken."""
+    if not jobs:
         return {}
     try:
-        steps = iter(_run(world_size, every))
-    except RuntimeError as error:
+        # As bytes: a rank that cannot read them says so, and tensors go by value.
+        all_jobs = pickle.dumps([job for loss_jobs in jobs.values() for job in loss_jobs])
+        steps = zip(*run_ranks(measure, world_size, all_jobs), strict=True)
+    except RankEndedError as error:
         if len(jobs) == 1:
-            (number,) = jobs
-            return {number: str(error).strip().splitlines()[-1]}
+            last_line = str(error).strip().splitlines()[-1]
+            return dict.fromkeys(jobs, Broken.by_error(f"on {world_size} processes, {last_line}"))
         # One of them did it: each by itself, so that it breaks no other.
-        alone = (_run_all(world_size, {number: own}) for number, own in jobs.items())
-        return {number: found for one in alone for number, found in one.items()}
-    return {number: [next(steps) for _ in own] for number, own in jobs.items()}
-
-
-def _run(world_size: int, jobs: list[Job]) -> list[tuple[Step, ...]]:
-    # As bytes: a rank that cannot read them says so, and tensors go by value.
-    by_rank = run_ranks(measure, world_size, pickle.dumps(jobs))
-    return list(zip(*by_rank, strict=True))
+        parts = [_run_and_judge(world_size, {subject: jobs[subject]}) for subject in jobs]
+        return {subject: finding for part in parts for subject, finding in part.items()}
+    return {
+        subject: _judge(subject, [(job, next(steps)) for job in loss_jobs])
+        for subject, loss_jobs in jobs.items()
+    }
 
 
 def measure(jobs: bytes) -> list[Step]:
-    """One step of each job on this rank."""
+    """Make one step of each job on this rank."""
     return [_step(job) for job in pickle.loads(jobs)]
 
 
 def _step(job: Job) -> Step:
+    """Make a step on this rank's rows: the global loss, and gradients averaged over ranks."""
     world_size = collectives.world_size()
     rank = dist.get_rank() if world_size > 1 else 0
     first = sum(job.rows[:rank])
-    case = job.case.at(list(range(first, first + job.rows[rank])))
+    case = job.case.select(list(range(first, first + job.rows[rank])))
     step = Step()
     logits = case.logits.requires_grad_()
     leaves: dict[str, Tensor] = {"logits": logits}
@@ -163,39 +145,37 @@ def _step(job: Job) -> Step:
     else:
         try:
             subject = Subject(job.name, loss, job.options, registered=False)
-            criterion = subject.make(case)
+            criterion = subject.new_criterion(case)
             leaves |= dict(criterion.named_parameters())
-            total, mass = criterion(subject.given(logits), case.target)
+            total, mass = criterion(subject.outputs(logits), case.target)
         except Exception as error:  # the loss's own; the other ranks wait for this one
             step.error = f"{type(error).__name__}: {error}"
     sums = collectives.sum_over_ranks(torch.stack([total.detach(), mass]))
     step.loss = reduction.mean(*sums).item()
-    share = torch.autograd.grad(
-        reduction.rank_loss(total, sums[1]), list(leaves.values()), allow_unused=True
+    rank_loss = reduction.rank_loss(total, sums[1])
+    gradients = torch.autograd.grad(
+        rank_loss, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
-    for key, gradient in zip(leaves, share, strict=True):
-        averaged = torch.zeros_like(leaves[key]) if gradient is None else gradient
-        if key != "logits":
-            averaged = collectives.sum_over_ranks(averaged)
-        step.gradients[key] = averaged / world_size
+    for key, gradient in zip(leaves, gradients, strict=True):
+        summed = gradient if key == "logits" else collectives.sum_over_ranks(gradient)
+        step.gradients[key] = summed / world_size
     return step
 
 
-def _judge(subject: Subject, jobs: list[Job], found: list[tuple[Step, ...]]) -> Outcome:
-    for job, steps in zip(jobs, found, strict=True):
+def _judge(subject: Subject, results: list[tuple[Job, tuple[Step, ...]]]) -> Finding:
+    """Compare the steps of all ranks with that of one process, for each job of a loss."""
+    for job, steps in results:
         if not all(step.importable for step in steps):
             return DoesNotApply(f"another process cannot import it: {steps[0].error}")
         difference = _difference(job, steps)
         if difference is not None:
-            where = f"{len(steps)} processes with {list(job.rows)} rows"
-            what = f"{difference.what} on {where}"
-            shown = Difference(what, difference.got, difference.expected)
-            return Broken(counter_example(subject, job.case, shown))
+            what = f"{difference.what} on {len(steps)} processes with {list(job.rows)} rows"
+            return Broken(counter_example(subject, job.case, replace(difference, what=what)))
     return None
 
 
 def _difference(job: Job, steps: tuple[Step, ...]) -> Difference | None:
-    """What the ranks found that one process does not."""
+    """The first result of a rank that is not that of one process with the whole batch."""
     for rank, step in enumerate(steps):
         if step.error:
             return Difference(f"error of rank {rank}", step.error, "")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from equiloss.conformance.case import Case, rounding
-from equiloss.conformance.law import Difference, Violates, law
+from equiloss.conformance.law import Difference, law, row_beyond, unequal
 from equiloss.conformance.search import search
-from equiloss.conformance.subject import LossRaised, Subject, errors_of_the_loss, with_ignored_rows
+from equiloss.conformance.subject import LossRaised, Subject, errors_of_the_loss
 
 
 @law()
@@ -29,22 +30,16 @@ def loads(subject: Subject) -> None:
 @law(loads)
 def shape(subject: Subject) -> None:
     """Logits [N, C] and targets [N] give one loss for each row, [N], in the logits' dtype."""
-
-    def violates(case: Case) -> Difference | None:
-        return wrong_form(case, subject.losses(case))
-
-    search(subject, [subject.batch(3, 4), subject.batch(3, 4, dtype=torch.float32)], violates)
+    cases = [subject.batch(3, 4), subject.batch(3, 4, dtype=torch.float32)]
+    search(subject, cases, lambda case: wrong_shape_or_dtype(case, subject.losses(case)))
 
 
 @law(shape)
 def finite(subject: Subject) -> None:
     """Ordinary logits have a finite loss."""
-
-    def violates(case: Case) -> Difference | None:
-        return not_finite(subject.losses(case))
-
     cases = [subject.batch(4, 4, scale=0), *(subject.batch(8, 4, seed=seed) for seed in range(4))]
-    search(subject, [*cases, *(case.to(torch.float32) for case in cases)], violates)
+    cases += [case.to(torch.float32) for case in cases]
+    search(subject, cases, lambda case: not_finite(subject.losses(case)))
 
 
 @law(finite)
@@ -53,7 +48,7 @@ def sizes(subject: Subject) -> None:
 
     def violates(case: Case) -> Difference | None:
         losses = subject.losses(case)
-        return wrong_form(case, losses) or not_finite(losses)
+        return wrong_shape_or_dtype(case, losses) or not_finite(losses)
 
     sizes = [(0, 2), (1, 2), (1, 4), (2, 1000)]
     search(subject, [subject.batch(rows, classes) for rows, classes in sizes], violates)
@@ -64,22 +59,21 @@ def pure(subject: Subject) -> None:
     """The tensors that it is given are left as they are."""
 
     def violates(case: Case) -> Difference | None:
-        loss, keywords = subject.criterion(case).loss, subject.keywords(case)
-        given = subject.leading(case) | {
-            key: value for key, value in keywords.items() if isinstance(value, Tensor)
-        }
-        handed = {key: value.clone() for key, value in given.items()}
+        loss = subject.criterion(case).loss
+        arguments = subject.leading_arguments(case) | subject.keywords(case)
+        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+        copies = {key: tensor.clone() for key, tensor in tensors.items()}
         with torch.no_grad(), errors_of_the_loss():
-            loss(**(keywords | handed))
-        for key, before in given.items():
-            if not torch.equal(handed[key], before):
-                return Difference(f"{key} after the call", handed[key], before, by_itself=True)
+            loss(**(arguments | copies))
+        for key, before in tensors.items():
+            if not torch.equal(copies[key], before):
+                what = f"{key} after the call"
+                return Difference(what, copies[key], before, without_criterion=True)
         return None
 
-    case = subject.batch(4, 4)
-    cases = [case]
+    cases = [subject.batch(4, 4)]
     if subject.supports("ignore_index"):
-        cases.append(with_ignored_rows(case, subject.ignored))
+        cases.append(subject.with_ignored_rows(cases[0]))
     search(subject, cases, violates)
 
 
@@ -89,9 +83,7 @@ def repeatable(subject: Subject) -> None:
 
     def violates(case: Case) -> Difference | None:
         first, second = subject.losses(case), subject.losses(case)
-        if torch.equal(first, second):
-            return None
-        return Difference("losses of a second call", second, first)
+        return unequal("losses of a second call", second, first)
 
     search(subject, [subject.batch(4, 4), subject.batch(64, 10, dtype=torch.float32)], violates)
 
@@ -102,12 +94,11 @@ def attached(subject: Subject) -> None:
 
     def violates(case: Case) -> Difference | None:
         try:
-            _, gradient = subject.losses_and_gradient(case)
+            gradient = subject.evaluate(case).gradient
         except LossRaised as error:
             return Difference("gradient", str(error), "one that reaches the logits")
-        if gradient.any():
-            return None
-        return Difference("gradient", gradient, "one that is not 0 everywhere")
+        expected = "one that is not 0 everywhere"
+        return None if gradient.any() else Difference("gradient", gradient, expected)
 
     search(subject, [subject.batch(4, 4)], violates)
 
@@ -118,9 +109,9 @@ def unreduced(subject: Subject) -> None:
 
     def violates(case: Case) -> Difference | None:
         together = subject.losses(case)
-        alone = torch.cat([subject.losses(case.at([row])) for row in range(case.rows)])
-        close = rounding(case, alone, torch.ones_like(case.logits))
-        if ((together - alone).abs() <= close).all():
+        alone = torch.cat([subject.losses(case.select([row])) for row in range(case.rows)])
+        bound = rounding(case, alone, torch.ones_like(case.logits))
+        if ((together - alone).abs() <= bound).all():
             return None
         reduced = {
             "the mean of all rows": alone.mean(),
@@ -129,7 +120,7 @@ def unreduced(subject: Subject) -> None:
             f"multiplied by the {case.rows} rows": alone * case.rows,
         }
         for reduction, values in reduced.items():
-            if ((together - values).abs() <= close).all():
+            if ((together - values).abs() <= bound).all():
                 return Difference(f"losses, {reduction}", together, alone)
         return None
 
@@ -140,35 +131,27 @@ def unreduced(subject: Subject) -> None:
 def independence(subject: Subject) -> None:
     """A row's loss and gradient depend neither on the other rows nor on their order."""
     cases = [subject.batch(6, 4), subject.batch(9, 3, seed=1)]
-    search(subject, cases, depends_on_others(subject))
+    search(subject, cases, partial(depends_on_other_rows, subject))
 
 
-def depends_on_others(subject: Subject) -> Violates:
-    """Whether a row's loss or gradient is another one alone, in another order, in half a batch."""
-
-    def violates(case: Case) -> Difference | None:
-        losses, gradient = subject.losses_and_gradient(case)
-        rows = list(range(case.rows))
-        half = len(rows) // 2
-        for chosen in (*([row] for row in rows), rows[::-1], rows[:half], rows[half:]):
-            smaller = case.at(chosen)
-            own, own_gradient = subject.losses_and_gradient(smaller)
-            bound = rounding(smaller, own, own_gradient)
-            company = "alone" if len(chosen) == 1 else f"among the rows {chosen}"
-            for place, row in enumerate(chosen):
-                if not abs(own[place] - losses[row]) <= bound[place]:
-                    return Difference(f"loss of row {row} {company}", own[place], losses[row])
-                if not (own_gradient[place] - gradient[row]).abs().amax() <= bound[place]:
-                    return Difference(
-                        f"gradient of row {row} {company}", own_gradient[place], gradient[row]
-                    )
-        return None
-
-    return violates
+def depends_on_other_rows(subject: Subject, case: Case) -> Difference | None:
+    """The first row that has another loss or gradient alone, in reverse order or half a batch."""
+    batch = subject.evaluate(case)
+    rows = list(range(case.rows))
+    half = len(rows) // 2
+    for subset in (*([row] for row in rows), rows[::-1], rows[:half], rows[half:]):
+        part = case.select(subset)
+        got, expected = subject.evaluate(part), batch.select(subset)
+        company = "alone" if len(subset) == 1 else f"among the rows {subset}"
+        names = [f"row {row} {company}" for row in subset]
+        difference = row_beyond(rounding(part, *got), names, got, expected)
+        if difference is not None:
+            return difference
+    return None
 
 
-def wrong_form(case: Case, losses: Tensor) -> Difference | None:
-    """What is wrong with the shape of a result, or with its dtype."""
+def wrong_shape_or_dtype(case: Case, losses: Tensor) -> Difference | None:
+    """The shape of a result that is not [N]; else its dtype, if it is not the promoted one."""
     if losses.shape != case.logits.shape[:1]:
         return Difference("shape", str(list(losses.shape)), str([case.rows]))
     promoted = torch.promote_types(case.logits.dtype, torch.float32)
@@ -178,7 +161,7 @@ def wrong_form(case: Case, losses: Tensor) -> Difference | None:
 
 
 def not_finite(losses: Tensor) -> Difference | None:
-    """The first row whose loss is not finite."""
+    """The first loss that is not finite."""
     for row, loss in enumerate(losses.tolist()):
         if not math.isfinite(loss):
             return Difference(f"loss of row {row}", loss, "a finite number")

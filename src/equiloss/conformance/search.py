@@ -1,4 +1,4 @@
-"""The search for a counter-example: whether a call breaks a law, and how small one can be."""
+"""The search for the smallest counter-example to a law."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def search(
     Args:
         subject: The loss; calls outside its domain are not made.
         cases: Calls to begin with.
-        violates: What is wrong with a call. An error of the loss is, wherever it occurs.
+        violates: The difference by which a call breaks the law. An error of the loss is one too,
+            wherever it occurs.
         tries: Calls spent on finding a smaller one.
     """
 
-    def found(case: Case) -> Difference | None:
+    def violation(case: Case) -> Difference | None:
         if subject.is_outside(case):
             return None
         try:
@@ -34,23 +35,23 @@ def search(
             return Difference(RAISED, str(error), "")
 
     for case in cases:
-        difference = found(case)
+        difference = violation(case)
         if difference is None:
             continue
 
-        def still(smaller: Case, kind: str = difference.kind) -> Difference | None:
-            again = found(smaller)
-            return again if again is not None and again.kind == kind else None
+        def same_kind(smaller: Case, kind: str = difference.kind) -> Difference | None:
+            other = violation(smaller)
+            return other if other is not None and other.kind == kind else None
 
-        smallest, finding = shrink(case, difference, still, tries, subject.fixed_classes)
-        raise Broken(counter_example(subject, smallest, finding))
+        smallest = shrink(case, difference, same_kind, tries, subject.fixed_classes)
+        raise Broken(counter_example(subject, *smallest))
 
 
 def counter_example(subject: Subject, case: Case, difference: Difference) -> CounterExample:
-    """A wrong call, as text."""
-    spell = spelling.by_itself if difference.by_itself else spelling.through_criterion
+    """Write a call that breaks a law, and its results, as text."""
+    code = spelling.bare_call if difference.without_criterion else spelling.criterion_call
     return CounterExample(
-        spell(subject, case, with_gradient=difference.what.startswith("gradient")),
+        code(subject, case, with_gradient=difference.what.startswith("gradient")),
         difference.what,
         _text(difference.got),
         _text(difference.expected),

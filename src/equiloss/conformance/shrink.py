@@ -1,4 +1,4 @@
-"""The smallest call that still breaks a law: fewest rows, fewest classes, roundest numbers."""
+"""Shrinking of a counter-example: fewest rows, fewest classes, roundest numbers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from equiloss.conformance.case import Case, literal
+from equiloss.conformance.case import Case, literal, one_hot
 
 _T = TypeVar("_T")
 
@@ -21,8 +20,8 @@ FEW = 40
 
 def shrink(
     case: Case,
-    finding: _T,
-    still: Callable[[Case], _T | None],
+    mistake: _T,
+    mistake_of: Callable[[Case], _T | None],
     tries: int,
     fixed_classes: int | None = None,
 ) -> tuple[Case, _T]:
@@ -30,8 +29,8 @@ def shrink(
 
     Args:
         case: A call that is wrong.
-        finding: What is wrong with it.
-        still: What is wrong with a smaller call; None if nothing is.
+        mistake: What is wrong with it.
+        mistake_of: What is wrong with a smaller call; None if nothing is.
         tries: The most calls to make.
         fixed_classes: The only number of classes that the loss takes, if there is one.
 
@@ -44,25 +43,24 @@ def shrink(
     >>> case.logits.tolist(), case.target.tolist()
     ([[0.0, 2.0]], [0])
     """
-    progress = True
-    while progress:
-        progress = False
+    while True:
         size = _size(case)
-        for smaller in _smaller(case, fixed_classes):
-            if _size(smaller) >= size:
+        for candidate in _candidates(case, fixed_classes):
+            if _size(candidate) >= size:
                 continue
             if tries == 0:
-                return case, finding
+                return case, mistake
             tries -= 1
-            again = still(smaller)
-            if again is not None:
-                case, finding, progress = smaller, again, True
+            other = mistake_of(candidate)
+            if other is not None:
+                case, mistake = candidate, other
                 break
-    return case, finding
+        else:
+            return case, mistake
 
 
 def _size(case: Case) -> tuple[int, int, int, int]:
-    """Rows, classes, options, and the digits of all numbers: the order of calls by size."""
+    """Size of a call, which orders calls: rows, classes, options, and digits of all numbers."""
     dtype = case.logits.dtype
     numbers = [*case.logits.flatten().tolist(), *(case.weight or ())]
     if case.soft:
@@ -74,19 +72,20 @@ def _size(case: Case) -> tuple[int, int, int, int]:
 
 @lru_cache(maxsize=10_000)
 def _digits(value: float, dtype: torch.dtype) -> int:
-    """How long a number is when it is written; 0 is shorter than 1."""
+    """Length of a number as it is written; that of 0 is less than that of 1."""
     return len(literal(value, dtype).removesuffix(".0")) + (value != 0)
 
 
-def _smaller(case: Case, fixed_classes: int | None) -> Iterator[Case]:
+def _candidates(case: Case, fixed_classes: int | None) -> Iterator[Case]:
+    """Cases that may be smaller than this one, with the largest steps first."""
     rows = list(range(case.rows))
     if len(rows) > 2:
         half = len(rows) // 2
-        yield case.at(rows[:half])
-        yield case.at(rows[half:])
+        yield case.select(rows[:half])
+        yield case.select(rows[half:])
     if len(rows) > 1:
         for row in rows:
-            yield case.at([other for other in rows if other != row])
+            yield case.select([other for other in rows if other != row])
     if fixed_classes is None:
         for part in (2, case.classes // 2, case.classes * 3 // 4):
             yield from _without(case, list(range(part, case.classes)))
@@ -97,7 +96,7 @@ def _smaller(case: Case, fixed_classes: int | None) -> Iterator[Case]:
     yield replace(case, label_smoothing=0.0)
     if case.soft or case.ignore_index not in case.target.tolist():
         yield replace(case, ignore_index=None)
-    yield from _rounder(case)
+    yield from _rounded(case)
 
 
 def _without(case: Case, dropped: list[int]) -> Iterator[Case]:
@@ -120,46 +119,36 @@ def _without(case: Case, dropped: list[int]) -> Iterator[Case]:
     yield replace(case, logits=case.logits[:, kept], target=target, weight=weight)
 
 
-def _rounder(case: Case) -> Iterator[Case]:
+def _rounded(case: Case) -> Iterator[Case]:
+    """The case with rounder logits, targets or weights."""
     logits = case.logits
     yield replace(case, logits=torch.zeros_like(logits))
     for digits in (0, 1):
         yield replace(case, logits=logits.round(decimals=digits))
     if logits.numel() <= FEW:
-        for place in range(logits.numel()):
-            for value in _rounder_values(logits.flatten()[place].item()):
+        for place, logit in enumerate(logits.flatten().tolist()):
+            for value in _rounder_values(logit):
                 changed = logits.clone()
                 changed.view(-1)[place] = value
                 yield replace(case, logits=changed)
     if case.soft:
         yield replace(case, target=torch.full_like(case.target, 1 / case.classes))
-        for place in range(case.classes):
-            target = torch.zeros_like(case.target)
-            target[:, place] = 1
-            yield replace(case, target=target)
+        for label in range(case.classes):
+            yield one_hot(replace(case, target=torch.full((case.rows,), label)))
     elif case.rows <= FEW:
         for row in range(case.rows):
-            yield replace(case, target=_with(case.target, row, 0))
-    if case.weight is not None:
-        for label, weight in enumerate(case.weight):
-            for value in _rounder_values(weight):
-                weights = [*case.weight]
-                weights[label] = abs(value)
-                # A weight of 0 asks another question than one that is not.
-                if (value == 0) == (weight == 0):
-                    yield replace(case, weight=tuple(weights))
-
-
-def _with(target: Tensor, row: int, label: int) -> Tensor:
-    target = target.clone()
-    target[row] = label
-    return target
+            yield replace(case, target=case.target.index_fill(0, torch.tensor(row), 0))
+    weights = case.weight or ()
+    for label, weight in enumerate(weights):
+        for value in _rounder_values(weight):
+            # A weight of 0 asks another question than one that is not.
+            if (value == 0) == (weight == 0):
+                yield replace(case, weight=(*weights[:label], abs(value), *weights[label + 1 :]))
 
 
 def _rounder_values(value: float) -> Iterator[float]:
     """Numbers near `value`, or smaller, with fewer digits."""
-    yield 0.0
-    yield 1.0
+    yield from (0.0, 1.0)
     if not math.isfinite(value):
         return
     if abs(value) >= 10:

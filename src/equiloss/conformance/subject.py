@@ -6,20 +6,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from equiloss.conformance.case import Case, batch, class_weights, soft
+from equiloss.conformance.case import Case, Evaluation, batch, class_weights, soft
 from equiloss.errors import LossError, unknown
 from equiloss.losses.adapter import adapted
 from equiloss.losses.criterion import Criterion
-from equiloss.losses.projection import Projection
-from equiloss.losses.signature import HEAD_BIAS, RESERVED, LossFunction, read
+from equiloss.losses.projection import Logits, Outputs, Projection
+from equiloss.losses.signature import HEAD_BIAS, HEAD_WEIGHT, RESERVED, LossFunction, read
 
-# Marks the rows that a case leaves out, where the loss says nothing else.
+# The target of ignored rows, where neither a case nor the loss has another.
 IGNORED = -100
 
 
@@ -38,6 +37,14 @@ def errors_of_the_loss() -> Iterator[None]:
         yield
     except Exception as error:
         raise LossRaised(error) from error
+
+
+def evaluate_function(loss: Callable[[Tensor, Tensor], Tensor], case: Case) -> Evaluation:
+    """Evaluate a function (logits, target) -> [N] and its gradient, on copies of the tensors."""
+    logits = case.logits.clone().requires_grad_()
+    losses = loss(logits, case.target.clone())
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    return Evaluation(losses.detach(), gradient)
 
 
 class Subject:
@@ -72,14 +79,14 @@ class Subject:
         Raises:
             LossError: naming the option and the choices.
         """
-        own = [key for key in self.signature.options if key not in RESERVED]
+        own_options = [key for key in self.signature.options if key not in RESERVED]
         for key in self.options:
             if key in RESERVED:
                 raise LossError(
                     f"loss {self.name!r} is verified with every {key}: give its own options alone"
                 )
-            if key not in own:
-                raise LossError(unknown(f"option of loss {self.name!r}", key, own))
+            if key not in own_options:
+                raise LossError(unknown(f"option of loss {self.name!r}", key, own_options))
 
     @property
     def is_module(self) -> bool:
@@ -90,16 +97,21 @@ class Subject:
     def fixed_classes(self) -> int | None:
         """The only number of classes it takes: its option `num_classes`, if it has one."""
         number = self.options.get("num_classes")
-        if number is None and "num_classes" in self.signature.options:
-            number = self.signature.options["num_classes"].default
+        if number is None:
+            number = self._default("num_classes")
         return number if isinstance(number, int) else None
+
+    def _default(self, key: str) -> Any:
+        """Default of an option; None if the loss does not have the option."""
+        option = self.signature.options.get(key)
+        return None if option is None else option.default
 
     def supports(self, keyword: str) -> bool:
         """Whether it takes this reserved keyword."""
         return keyword in self.signature.supported
 
     def batch(self, rows: int, classes: int, **numbers: Any) -> Case:
-        """As `case.batch`, with as many classes as the loss takes, inside its domain."""
+        """Make a case as `case.batch` does, with the classes that the loss takes, in its domain."""
         case = batch(rows, self.fixed_classes or classes, **numbers)
         # logsumexp(x) - min(x) <= max(x) - min(x) + log(C); a percent off the edge.
         room = 0.99 * (self.signature.domain(case.logits.dtype) - math.log(case.classes))
@@ -110,15 +122,15 @@ class Subject:
         return case
 
     def is_outside(self, case: Case) -> bool:
-        """Whether a row's logits spread further than the loss is sound for."""
+        """Whether a row has logsumexp(x) - min(x) beyond the loss's domain."""
         logits = case.logits.double()
         spread = logits.logsumexp(-1) - logits.amin(-1)
         return bool((spread > self.signature.domain(case.logits.dtype)).any())
 
     def with_options(self, **options: Any) -> Subject:
-        """The same loss with other values."""
-        changed = self.options | options
-        return Subject(self.name, self.source, changed, registered=self.registered)
+        """The same loss with other values of some options."""
+        options = self.options | options
+        return Subject(self.name, self.source, options, registered=self.registered)
 
     def combined(self, case: Case) -> Iterator[Case]:
         """The case with every option that the loss supports: hard targets, then soft ones."""
@@ -126,37 +138,40 @@ class Subject:
             case = replace(case, weight=class_weights(case.classes))
         if self.supports("label_smoothing"):
             case = replace(case, label_smoothing=0.25)
-        yield with_ignored_rows(case, self.ignored) if self.supports("ignore_index") else case
+        yield self.with_ignored_rows(case) if self.supports("ignore_index") else case
         if self.signature.soft_targets:
             yield soft(case)
 
-    @property
-    def ignored(self) -> int:
-        """The target of ignored rows where a case does not say."""
-        option = self.signature.options.get("ignore_index")
-        return option.default if option and isinstance(option.default, int) else IGNORED
-
-    def ignored_in(self, case: Case) -> int:
+    def ignore_index(self, case: Case) -> int:
         """The target of a case's ignored rows."""
-        return self.ignored if case.ignore_index is None else case.ignore_index
+        if case.ignore_index is not None:
+            return case.ignore_index
+        default = self._default("ignore_index")
+        return default if isinstance(default, int) else IGNORED
+
+    def with_ignored_rows(self, case: Case) -> Case:
+        """The case with every third row ignored, from the second on."""
+        ignored = self.ignore_index(case)
+        # An ignored class is no target of a row that counts.
+        target = torch.where(case.target == ignored, (ignored + 1) % case.classes, case.target)
+        target[1::3] = ignored
+        return replace(case, target=target)
 
     def criterion(self, case: Case) -> Criterion:
-        """The criterion of a run with the case's options, always the same one.
+        """The criterion that a run with the case's options has; made once for equal options.
 
         Raises:
             LossRaised: with the loss's own error as its cause.
         """
         classes = case.classes if self.supports("class_counts") or case.weight else None
-        key = (
-            *(classes, case.weight, case.label_smoothing, case.ignore_index),
-            case.logits.dtype == torch.float64,
-        )
+        double = case.logits.dtype == torch.float64
+        key = (classes, case.weight, case.label_smoothing, case.ignore_index, double)
         if key not in self._criteria:
-            self._criteria[key] = self.make(case)
+            self._criteria[key] = self.new_criterion(case)
         return self._criteria[key]
 
-    def make(self, case: Case, seed: int = 0) -> Criterion:
-        """A new criterion; a loss with random parameters has other ones for another seed.
+    def new_criterion(self, case: Case, seed: int = 0) -> Criterion:
+        """Make a criterion with the case's options; `seed` is that of random parameters.
 
         Raises:
             LossRaised: with the loss's own error as its cause.
@@ -169,90 +184,74 @@ class Subject:
             options["class_counts"] = class_counts(case.classes)
         with torch.random.fork_rng(devices=[]), errors_of_the_loss():
             torch.manual_seed(seed)
-            made = Criterion(self.loss, **options)
+            criterion = Criterion(self.loss, **options)
         # As a run does with `trainer.precision=64-true`.
-        return made.double() if case.logits.dtype == torch.float64 else made
+        return criterion.double() if case.logits.dtype == torch.float64 else criterion
 
-    def given(self, logits: Tensor) -> Tensor | Projection:
-        """What the criterion takes: logits, or features and a head that give the same logits."""
+    def outputs(self, logits: Tensor) -> Outputs:
+        """A network's outputs: logits, or features and a head that give the same logits."""
         if not self.signature.wants_features:
-            return logits
+            return Logits(logits)
         eye = torch.eye(logits.shape[-1], dtype=logits.dtype)
-        return Projection(
-            logits, eye, eye.new_zeros(len(eye)) if self.signature.takes_head_bias else None
-        )
+        bias = eye.new_zeros(len(eye)) if self.signature.takes_head_bias else None
+        return Projection(logits, eye, bias)
 
     def losses(self, case: Case) -> Tensor:
-        """Loss of each row [N], without gradient.
+        """Evaluate the loss of each row [N], without a gradient.
 
         Raises:
             LossRaised: with the loss's own error as its cause.
         """
-        criterion = self.criterion(case)
+        loss = self.per_sample(case)
         with torch.no_grad(), errors_of_the_loss():
-            return criterion.per_sample(self.given(case.logits.clone()), case.target.clone())
+            return loss(case.logits.clone(), case.target.clone())
 
-    def losses_and_gradient(self, case: Case) -> tuple[Tensor, Tensor]:
-        """Loss of each row [N], and the gradient of their sum in the logits [N, C].
+    def evaluate(self, case: Case) -> Evaluation:
+        """Evaluate the loss of each row [N], and the gradient of their sum in the logits [N, C].
 
         Raises:
             LossRaised: with the loss's own error as its cause.
         """
-        criterion = self.criterion(case)
-        logits = case.logits.clone().requires_grad_()
+        loss = self.per_sample(case)
         with errors_of_the_loss():
-            losses = criterion.per_sample(self.given(logits), case.target.clone())
-            (gradient,) = torch.autograd.grad(losses.sum(), logits)
-        return losses.detach(), gradient
+            return evaluate_function(loss, case)
+
+    def per_sample(self, case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss as (logits, target) -> [N], through its `criterion`."""
+        criterion = self.criterion(case)
+        return lambda logits, target: criterion.per_sample(self.outputs(logits), target)
 
     def function(self, case: Case) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss itself, without the criterion, given the keywords of `keywords`."""
+        """The loss as (logits, target) -> [N], without the criterion, with its `keywords` bound."""
         loss, keywords = self.criterion(case).loss, self.keywords(case)
-        if not self.signature.wants_features:
-            return partial(loss, **keywords)
-        head_weight = self.leading(case)["head_weight"]
+        # One positional argument, if the loss takes a head.
+        head = [self.leading_arguments(case)[HEAD_WEIGHT]] if self.signature.wants_features else []
+        return lambda rows, target, **more: loss(rows, *head, target, **keywords, **more)
 
-        def of_features(features: Tensor, target: Tensor, **more: Any) -> Tensor:
-            losses: Tensor = loss(features, head_weight, target, **keywords, **more)
-            return losses
-
-        return of_features
-
-    def leading(self, case: Case) -> dict[str, Tensor]:
-        """What the loss begins with, by name."""
-        given = self.given(case.logits)
-        if isinstance(given, Projection):
-            head = {"features": given.features, "head_weight": given.weight}
-            return {**head, "target": case.target}
-        return {"logits": given, "target": case.target}
+    def leading_arguments(self, case: Case) -> dict[str, Tensor]:
+        """The positional arguments of the loss by name: logits, or features and head; target."""
+        outputs = self.outputs(case.logits)
+        head = outputs.head()
+        head.pop(HEAD_BIAS, None)  # one of the keywords
+        return {outputs.name: outputs.rows, **head, "target": case.target}
 
     def keywords(self, case: Case) -> dict[str, Any]:
-        """What the criterion hands over beside logits, or features and head, and targets."""
+        """The keyword arguments that the criterion gives to the loss."""
         dtype = case.logits.dtype
-        found: dict[str, Any] = {} if self.is_module else dict(self.options)
+        keywords: dict[str, Any] = {} if self.is_module else dict(self.options)
         if self.supports("label_smoothing"):
-            found["label_smoothing"] = case.label_smoothing
+            keywords["label_smoothing"] = case.label_smoothing
         if self.supports("ignore_index") and not case.soft:
-            found["ignore_index"] = self.ignored_in(case)
+            keywords["ignore_index"] = self.ignore_index(case)
         if case.weight is not None:
-            found["weight"] = torch.tensor(case.weight, dtype=dtype)
+            keywords["weight"] = torch.tensor(case.weight, dtype=dtype)
         if self.supports("class_counts"):
-            found["class_counts"] = torch.tensor(class_counts(case.classes), dtype=dtype)
+            keywords["class_counts"] = torch.tensor(class_counts(case.classes), dtype=dtype)
         if self.signature.takes_head_bias:
-            found[HEAD_BIAS] = torch.zeros(case.classes, dtype=dtype)
-        return found
+            keywords[HEAD_BIAS] = torch.zeros(case.classes, dtype=dtype)
+        return keywords
 
 
 def class_counts(classes: int) -> list[int]:
-    """Rows of each class in a training set: many of the first, few of the last."""
+    """Training rows of each class [C]: many of the first, few of the last."""
     return [10 * (classes - label) for label in range(classes)]
-
-
-def with_ignored_rows(case: Case, ignored: int) -> Case:
-    """The case with every third row ignored, from the second on."""
-    target = case.target.clone()
-    target[1::3] = ignored
-    # An ignored class is no target of a row that counts.
-    own = torch.arange(len(target)) % 3 != 1
-    clash = own & (target == ignored)
-    return replace(case, target=torch.where(clash, (ignored + 1) % case.classes, target))

@@ -1,13 +1,14 @@
-"""Laws of targets and class weights: what the reserved keywords must mean."""
+"""Laws of targets and class weights: the meaning of the reserved keywords."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from equiloss.conformance.case import Case, class_weights, one_hot
+from equiloss.conformance.case import Case, Evaluation, class_weights, one_hot
 from equiloss.conformance.derivatives import (
     extreme_cases,
     extremes,
@@ -15,13 +16,13 @@ from equiloss.conformance.derivatives import (
     not_finite_anywhere,
     not_the_derivative,
 )
-from equiloss.conformance.law import Difference, DoesNotApply, apart, law
-from equiloss.conformance.rows import depends_on_others
+from equiloss.conformance.law import Difference, DoesNotApply, beyond_rounding, law, row_beyond
+from equiloss.conformance.rows import depends_on_other_rows
 from equiloss.conformance.search import search
-from equiloss.conformance.subject import Subject, errors_of_the_loss, with_ignored_rows
+from equiloss.conformance.subject import Subject, errors_of_the_loss, evaluate_function
 
 # So little label smoothing is none, in a function that is continuous.
-HARDLY_ANY = 1e-17
+NEGLIGIBLE = 1e-17
 
 
 @law(gradient)
@@ -31,10 +32,8 @@ def soft_targets(subject: Subject) -> None:
         raise DoesNotApply("it does not take probabilities (soft_targets)")
 
     def violates(case: Case) -> Difference | None:
-        classes = subject.losses_and_gradient(case)
-        return apart(
-            "of one-hot targets", case, subject.losses_and_gradient(one_hot(case)), classes
-        )
+        expected, got = subject.evaluate(case), subject.evaluate(one_hot(case))
+        return beyond_rounding("of one-hot targets", case, got, expected)
 
     search(subject, [subject.batch(5, 4)], violates)
 
@@ -46,18 +45,18 @@ def label_smoothing(subject: Subject) -> None:
         raise DoesNotApply("it has no label_smoothing")
 
     def violates(case: Case) -> Difference | None:
-        plain = subject.losses_and_gradient(case)
-        almost = subject.losses_and_gradient(replace(case, label_smoothing=HARDLY_ANY))
-        found = apart(f"with ε = {HARDLY_ANY}, against ε = 0", case, almost, plain)
-        if found is not None or not subject.signature.soft_targets:
-            return found
-        for smoothing in (0.25, 1.0):
-            spread = one_hot(case).target * (1 - smoothing) + smoothing / case.classes
-            mixed = subject.losses_and_gradient(replace(case, target=spread))
-            smoothed = subject.losses_and_gradient(replace(case, label_smoothing=smoothing))
-            found = apart(f"with ε = {smoothing}, against the mixture", case, smoothed, mixed)
-            if found is not None:
-                return found
+        comparisons = [(NEGLIGIBLE, "ε = 0", case)]
+        if subject.signature.soft_targets:
+            for smoothing in (0.25, 1.0):
+                mixture = one_hot(case).target * (1 - smoothing) + smoothing / case.classes
+                comparisons.append((smoothing, "the mixture", replace(case, target=mixture)))
+        for smoothing, name, equivalent in comparisons:
+            expected = subject.evaluate(equivalent)
+            smoothed = subject.evaluate(replace(case, label_smoothing=smoothing))
+            what = f"with ε = {smoothing}, against {name}"
+            difference = beyond_rounding(what, case, smoothed, expected)
+            if difference is not None:
+                return difference
         return None
 
     search(subject, [subject.batch(5, 4)], violates)
@@ -70,16 +69,16 @@ def weight(subject: Subject) -> None:
         raise DoesNotApply("it has no weight")
 
     def violates(case: Case) -> Difference | None:
-        weight = torch.tensor(case.weight or (1.0,) * case.classes, dtype=case.logits.dtype)
-        weight = weight[case.target]  # [N]
-        losses, gradient = subject.losses_and_gradient(replace(case, weight=None))
-        expected = weight * losses, weight.unsqueeze(-1) * gradient
-        return apart("with weights", case, subject.losses_and_gradient(case), expected)
+        class_weight = case.logits.new_tensor(case.weight or (1.0,) * case.classes)  # [C]
+        weight = class_weight[case.target]  # [N]
+        losses, gradient = subject.evaluate(replace(case, weight=None))
+        expected = Evaluation(weight * losses, weight.unsqueeze(-1) * gradient)
+        return beyond_rounding("with weights", case, subject.evaluate(case), expected)
 
     case = subject.batch(5, 4)
     classes = case.classes
-    every = [(1.0,) * classes, (2.0,) * classes, class_weights(classes)]
-    search(subject, [replace(case, weight=weights) for weights in every], violates)
+    weights = [(1.0,) * classes, (2.0,) * classes, class_weights(classes)]
+    search(subject, [replace(case, weight=weight) for weight in weights], violates)
 
 
 @law(gradient)
@@ -89,19 +88,22 @@ def ignored_rows(subject: Subject) -> None:
         raise DoesNotApply("it has no ignore_index")
 
     def violates(case: Case) -> Difference | None:
-        out = case.target == subject.ignored_in(case)
+        ignored = case.target == subject.ignore_index(case)  # [N]
         # The criterion takes the logits of ignored rows away, whatever they are.
-        wild = replace(case, logits=case.logits.masked_fill(out.unsqueeze(-1), torch.nan))
-        return (
-            _not_zero(out, *subject.losses_and_gradient(wild))
-            or _kept_rows_differ(subject, case, ~out)
-            or _not_zero(out, *_by_itself(subject, case), by_itself=True)
-        )
+        with_nan = replace(case, logits=case.logits.masked_fill(ignored.unsqueeze(-1), torch.nan))
+        difference = _not_zero(ignored, subject.evaluate(with_nan))
+        difference = difference or _kept_rows_differ(subject, case, ~ignored)
+        if difference is not None:
+            return difference
+        # Also without the criterion, with ordinary logits in the ignored rows.
+        loss = subject.function(case)
+        with errors_of_the_loss():
+            difference = _not_zero(ignored, evaluate_function(loss, case))
+        return difference and replace(difference, without_criterion=True)
 
-    plain = subject.batch(6, 4)
-    marked = [replace(plain, ignore_index=index) for index in (None, -1, 1)]
-    cases = [with_ignored_rows(case, subject.ignored_in(case)) for case in marked]
-    cases.append(replace(cases[0], target=torch.full((6,), subject.ignored)))
+    plain = [replace(subject.batch(6, 4), ignore_index=index) for index in (None, -1, 1)]
+    cases = [subject.with_ignored_rows(case) for case in plain]
+    cases.append(replace(cases[0], target=torch.full((6,), subject.ignore_index(cases[0]))))
     for case in cases[:3]:
         if subject.supports("label_smoothing"):
             cases.append(replace(case, label_smoothing=0.25))
@@ -110,37 +112,22 @@ def ignored_rows(subject: Subject) -> None:
     search(subject, cases, violates)
 
 
-def _by_itself(subject: Subject, case: Case) -> tuple[Tensor, Tensor]:
-    """Losses and gradient of the function, with ordinary logits also in ignored rows."""
-    logits = case.logits.clone().requires_grad_()
-    with errors_of_the_loss():
-        losses = subject.function(case)(logits, case.target.clone())
-        (gradient,) = torch.autograd.grad(losses.sum(), logits)
-    return losses.detach(), gradient
-
-
-def _not_zero(
-    ignored: Tensor, losses: Tensor, gradient: Tensor, *, by_itself: bool = False
-) -> Difference | None:
-    for row in ignored.nonzero().flatten().tolist():
-        if losses[row] != 0:
-            return Difference(f"loss of the ignored row {row}", losses[row], 0.0, by_itself)
-        if gradient[row].ne(0).any():
-            zero = torch.zeros_like(gradient[row])
-            what = f"gradient of the ignored row {row}"
-            return Difference(what, gradient[row], zero, by_itself)
-    return None
+def _not_zero(ignored: Tensor, evaluation: Evaluation) -> Difference | None:
+    """The first ignored row [N, bool] whose loss or gradient is not exactly 0."""
+    rows = ignored.nonzero().flatten().tolist()
+    got = evaluation.select(rows)
+    names = [f"the ignored row {row}" for row in rows]
+    return row_beyond(torch.zeros(len(rows)), names, got, Evaluation(*map(torch.zeros_like, got)))
 
 
 def _kept_rows_differ(subject: Subject, case: Case, kept: Tensor) -> Difference | None:
+    """The difference that ignored rows make in the loss or gradient of kept ones [N, bool]."""
     rows = kept.nonzero().flatten().tolist()
     if not rows:
         return None
-    alone = case.at(rows)
-    losses, gradient = subject.losses_and_gradient(case)
-    kept_rows = losses[rows], gradient[rows]
-    expected = subject.losses_and_gradient(alone)
-    return apart(f"of the rows {rows} beside ignored ones", alone, kept_rows, expected)
+    alone = case.select(rows)
+    got, expected = subject.evaluate(case).select(rows), subject.evaluate(alone)
+    return beyond_rounding(f"of the rows {rows} beside ignored ones", alone, got, expected)
 
 
 @law(extremes, soft_targets, label_smoothing, weight, ignored_rows)
@@ -149,7 +136,8 @@ def combinations(subject: Subject) -> None:
     cases = list(subject.combined(subject.batch(6, 4)))
     if len(cases) == 1 and not cases[0].options() and not subject.supports("ignore_index"):
         raise DoesNotApply("it takes classes alone")
-    search(subject, cases, depends_on_others(subject))
-    search(subject, subject.combined(subject.batch(3, 3)), not_the_derivative(subject), tries=100)
+    search(subject, cases, partial(depends_on_other_rows, subject))
+    few = subject.combined(subject.batch(3, 3))
+    search(subject, few, partial(not_the_derivative, subject), tries=100)
     extreme = [combined for case in extreme_cases(subject) for combined in subject.combined(case)]
-    search(subject, extreme, not_finite_anywhere(subject))
+    search(subject, extreme, partial(not_finite_anywhere, subject))

@@ -1,4 +1,4 @@
-"""Laws of what torch may make of a loss: compiled code, and one gradient for each row."""
+"""Laws of the transforms of torch: torch.compile, and vmap over grad."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from equiloss.conformance.case import Case
+from equiloss.conformance.case import Case, Evaluation
 from equiloss.conformance.derivatives import parameters, shift
 from equiloss.conformance.heads import head
 from equiloss.conformance.keywords import options
-from equiloss.conformance.law import Difference, DoesNotApply, apart, law
+from equiloss.conformance.law import Difference, DoesNotApply, beyond_rounding, law
 from equiloss.conformance.precision import accuracy, promotion
 from equiloss.conformance.search import search
-from equiloss.conformance.subject import Subject, errors_of_the_loss
+from equiloss.conformance.subject import Subject, errors_of_the_loss, evaluate_function
 from equiloss.conformance.targets import combinations
 
 # It traces the loss and its backward pass, which is where a loss can go wrong, and runs in
@@ -39,27 +39,24 @@ def compiled(subject: Subject) -> None:
         raise DoesNotApply("torch.compile does not run on this platform")
 
     def violates(case: Case) -> Difference | None:
-        expected = subject.losses_and_gradient(case)
-        logits = case.logits.clone().requires_grad_()
+        expected = subject.evaluate(case)
         # Without what an earlier call left behind: a change of shape is another matter.
         torch.compiler.reset()
         with _quietly(), errors_of_the_loss():
-            got = torch.compile(subject.function(case), backend=BACKEND)(logits, case.target)
-            (got_gradient,) = torch.autograd.grad(got.sum(), logits)
-        return apart("compiled", case, (got.detach(), got_gradient), expected)
+            got = evaluate_function(torch.compile(subject.function(case), backend=BACKEND), case)
+        return beyond_rounding("compiled", case, got, expected)
 
     search(subject, subject.combined(subject.batch(4, 4)), violates, tries=20)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without torch's advice on what it traces: it is compiled for the numbers alone."""
+    """Silence torch's advice on what it traces: it is compiled for the numbers alone."""
     logger = logging.getLogger("torch._dynamo")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(level)
@@ -71,19 +68,19 @@ def per_sample_gradients(subject: Subject) -> str | None:
     remarks = []
 
     def violates(case: Case) -> Difference | None:
-        expected = subject.losses_and_gradient(case)
+        expected = subject.evaluate(case)
         loss = subject.function(case)
 
-        def of_row(logits: Tensor, target: Tensor) -> Tensor:
+        def row_loss(logits: Tensor, target: Tensor) -> Tensor:
             return loss(logits.unsqueeze(0), target.unsqueeze(0)).squeeze(0)
 
         try:
-            gradient, losses = vmap(grad_and_value(of_row))(case.logits, case.target)
+            gradient, losses = vmap(grad_and_value(row_loss))(case.logits, case.target)
         except Exception as error:  # torch's own limits, such as control flow that reads data
-            why = shorten(str(error), 100, placeholder=" …")
-            remarks.append(f"torch.func cannot map it: {why}")
+            reason = shorten(str(error), 100, placeholder=" …")
+            remarks.append(f"torch.func cannot map it: {reason}")
             return None
-        return apart("by vmap(grad)", case, (losses, gradient), expected)
+        return beyond_rounding("by vmap(grad)", case, Evaluation(losses, gradient), expected)
 
     search(subject, subject.combined(subject.batch(4, 4)), violates)
     return remarks[0] if remarks else None

@@ -1,4 +1,4 @@
-"""Holding losses against the laws, each law after those that it needs."""
+"""Trials of losses by the laws, each law after those that it needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from equiloss.conformance.law import Broken, CounterExample, DoesNotApply, Law
+from equiloss.conformance.law import Broken, DoesNotApply, Finding, Law
 from equiloss.conformance.laws import LAWS
 from equiloss.conformance.ranks import check_ranks, ranks
 from equiloss.conformance.rows import loads
@@ -59,25 +59,25 @@ def verify_all(
     Raises:
         LossError: for a name or an option that does not exist.
     """
-    trials = [_Trial.of(loss, dict(options or {})) for loss in losses]
+    trials = [_Trial.start(loss, dict(options or {})) for loss in losses]
     for trial in trials:
         tell(trial.name)
         for law in LAWS:
-            if law is not ranks:
+            if law is not ranks and trial.may_run(law):
                 trial.run(law)
     ready = [trial for trial in trials if trial.may_run(ranks)]
     tell("processes")
     began = time.perf_counter()
-    outcomes = check_ranks([trial.subject for trial in ready if trial.subject is not None])
+    findings = check_ranks([trial.subject for trial in ready if trial.subject is not None])
     share = (time.perf_counter() - began) / max(len(ready), 1)
-    for trial, outcome in zip(ready, outcomes, strict=True):
-        trial.record(ranks, outcome, share)
+    for trial, finding in zip(ready, findings, strict=True):
+        trial.record(ranks, finding, share)
     return [trial.verdict() for trial in trials]
 
 
 @dataclass
 class _Trial:
-    """One loss on its way through the laws."""
+    """A loss, and the outcomes of the laws that were checked so far."""
 
     name: str
     source: str
@@ -86,7 +86,12 @@ class _Trial:
     outcomes: dict[Law, Outcome] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, loss: str | LossFunction, options: dict[str, Any]) -> _Trial:
+    def start(cls, loss: str | LossFunction, options: dict[str, Any]) -> _Trial:
+        """Load a loss, and check its options; one that cannot be loaded has broken `loads`.
+
+        Raises:
+            LossError: for a name or an option that does not exist.
+        """
         registered = isinstance(loss, str) and ":" not in loss
         if isinstance(loss, str):
             if registered and loss not in registry.names():
@@ -100,62 +105,57 @@ class _Trial:
         try:
             trial.subject = Subject(name, load(loss), options, registered=registered)
         except LossError as error:
-            trial.record(loads, Broken(CounterExample.of_error(error)), 0.0)
+            trial.record(loads, Broken.by_error(error), 0.0)
         else:
             trial.subject.check_options()
         return trial
 
     def may_run(self, law: Law) -> bool:
-        """Whether a law's turn has come, and all that it needs is there."""
+        """Whether a law is still to be checked, and no law that it needs is broken."""
         return law not in self.outcomes and self._obstacle(law) is None
 
     def run(self, law: Law) -> None:
-        """Check a law, unless what it needs is broken."""
-        if not self.may_run(law):
-            return
+        """Check a law that may run, and record its outcome."""
         assert self.subject is not None
         began = time.perf_counter()
-        found: str | Broken | DoesNotApply | None
+        finding: Finding
         try:
-            found = law.check(self.subject)
-        except (Broken, DoesNotApply) as verdict:
-            found = verdict
+            finding = law.check(self.subject)
+        except (Broken, DoesNotApply) as raised:
+            finding = raised
         except LossRaised as error:
-            found = Broken(CounterExample.of_error(error))
-        self.record(law, found, time.perf_counter() - began)
+            finding = Broken.by_error(error)
+        self.record(law, finding, time.perf_counter() - began)
 
-    def record(self, law: Law, found: str | Broken | DoesNotApply | None, seconds: float) -> None:
-        """Note what a check found."""
-        if isinstance(found, Broken):
-            self.outcomes[law] = Outcome(law, Status.BROKEN, example=found.example, seconds=seconds)
-        elif isinstance(found, DoesNotApply):
-            self.outcomes[law] = Outcome(law, Status.DOES_NOT_APPLY, str(found), seconds=seconds)
+    def record(self, law: Law, finding: Finding, seconds: float) -> None:
+        """Record the outcome of a law by the finding of its check."""
+        if isinstance(finding, Broken):
+            outcome = Outcome(law, Status.BROKEN, example=finding.example, seconds=seconds)
+        elif isinstance(finding, DoesNotApply):
+            outcome = Outcome(law, Status.DOES_NOT_APPLY, str(finding), seconds=seconds)
         else:
-            self.outcomes[law] = Outcome(law, Status.HOLDS, found or "", seconds=seconds)
+            outcome = Outcome(law, Status.HOLDS, finding or "", seconds=seconds)
+        self.outcomes[law] = outcome
 
     def verdict(self) -> Conformance:
-        """All outcomes, with the laws that could not be checked."""
-        every = []
+        """The outcomes of all laws; those of laws that could not be checked name a broken one."""
+        outcomes = []
         for law in LAWS:
             obstacle = self._obstacle(law)
             remark = "" if obstacle is None else f"needs {obstacle.name}"
-            every.append(self.outcomes.get(law, Outcome(law, Status.NOT_RUN, remark)))
-        return Conformance(self.name, self.source, self.options, every)
+            outcomes.append(self.outcomes.get(law, Outcome(law, Status.NOT_RUN, remark)))
+        return Conformance(self.name, self.source, self.options, outcomes)
 
     def _obstacle(self, law: Law) -> Law | None:
-        """The first broken law without which this one says nothing."""
-        for needed in law.needs:
-            outcome = self.outcomes.get(needed)
-            if outcome is not None and outcome.status == Status.BROKEN:
-                return needed
-            deeper = self._obstacle(needed)
-            if deeper is not None:
-                return deeper
-        return None
+        """The law itself if it is broken, else the first broken law that keeps it from running."""
+        outcome = self.outcomes.get(law)
+        if outcome is not None:
+            return law if outcome.status == Status.BROKEN else None
+        return next(filter(None, map(self._obstacle, law.needs)), None)
 
 
 def load(loss: str | LossFunction) -> LossFunction:
-    """The function or class of a registered name or a path.
+    """Load the function or class of a registered name or a path; another one is returned as it is.
 
     Raises:
         LossError: if there is none, or it cannot be imported.
@@ -166,6 +166,7 @@ def load(loss: str | LossFunction) -> LossFunction:
 
 
 def _source(name: str) -> str:
+    """The provider of a registered loss."""
     try:
         return registry.provider(name).source
     except LossError:

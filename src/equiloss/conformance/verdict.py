@@ -1,22 +1,23 @@
-"""What the laws say of a loss, and how it is shown."""
+"""Verdicts of the laws on losses, as text, tables and plain data."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from equiloss.conformance.law import CounterExample, Law
 from equiloss.records.results import environment
 
 
 class Status(StrEnum):
-    """What became of a law."""
+    """Status of a law after a trial."""
 
     HOLDS = "holds"
     BROKEN = "broken"
@@ -26,20 +27,28 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the check of one law found."""
+    """Outcome of one law for one loss."""
 
     law: Law
     status: Status
     remark: str = ""
-    """Why a law was not run or does not apply; what else there is to say where it holds."""
+    """Why a law was not run or does not apply; where it holds, a remark of its check."""
     example: CounterExample | None = None
-    """Where it is broken."""
+    """Counter-example to a broken law."""
     seconds: float = 0.0
+    """Time that the check took."""
 
-    def lines(self) -> list[str]:
-        """The broken law with its counter-example."""
-        example = [] if self.example is None else self.example.lines()
-        return [f"{self.law.name}: {self.law.sentence}", *(f"    {line}" for line in example)]
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome as plain data."""
+        example = {} if self.example is None else {"counter_example": asdict(self.example)}
+        return {
+            "name": self.law.name,
+            "sentence": self.law.sentence,
+            "status": str(self.status),
+            "remark": self.remark,
+            "seconds": round(self.seconds, 3),
+            **example,
+        }
 
 
 @dataclass(frozen=True)
@@ -68,25 +77,23 @@ class Conformance:
         """Time that the checks took."""
         return sum(outcome.seconds for outcome in self.outcomes)
 
-    def count(self, status: Status) -> int:
-        """How many laws fared so."""
-        return sum(outcome.status == status for outcome in self.outcomes)
-
     @property
     def counts(self) -> str:
-        """How many laws fared how."""
+        """The number of laws with each status, in words."""
         words = {Status.HOLDS: "hold", Status.DOES_NOT_APPLY: "not applicable"}
-        numbers = {words.get(status, status): self.count(status) for status in Status}
-        return ", ".join(f"{number} {word}" for word, number in numbers.items() if number)
+        counts = Counter(outcome.status for outcome in self.outcomes)
+        return ", ".join(f"{counts[key]} {words.get(key, key)}" for key in Status if counts[key])
 
     def __str__(self) -> str:
         """The verdict in words, with a counter-example for each broken law."""
-        given = (f"{key}={value!r}" for key, value in self.options.items())
+        options = (f"{key}={value!r}" for key, value in self.options.items())
         verdict = "conforms" if self.holds else "BREAKS A LAW"
-        called = ", ".join([self.name, *given])
-        lines = [f"{called} {verdict} ({len(self.outcomes)} laws: {self.counts})"]
+        loss = ", ".join([self.name, *options])
+        lines = [f"{loss} {verdict} ({len(self.outcomes)} laws: {self.counts})"]
         for outcome in self.broken:
-            lines += ["", *outcome.lines()]
+            assert outcome.example is not None
+            lines += ["", f"{outcome.law.name}: {outcome.law.sentence}"]
+            lines += [f"    {line}" for line in outcome.example.lines()]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,30 +105,12 @@ class Conformance:
             "conforms": self.holds,
             "first_broken": self.broken[0].law.name if self.broken else None,
             "seconds": round(self.seconds, 3),
-            "laws": [_as_dict(outcome) for outcome in self.outcomes],
+            "laws": [outcome.as_dict() for outcome in self.outcomes],
         }
-
-
-def _as_dict(outcome: Outcome) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "name": outcome.law.name,
-        "sentence": outcome.law.sentence,
-        "status": str(outcome.status),
-        "remark": outcome.remark,
-        "seconds": round(outcome.seconds, 3),
-    }
-    if outcome.example is not None:
-        found["counter_example"] = {
-            "code": outcome.example.code,
-            "what": outcome.example.what,
-            "got": outcome.example.got,
-            "expected": outcome.example.expected,
-        }
-    return found
 
 
 def as_json_data(verdicts: Sequence[Conformance]) -> dict[str, Any]:
-    """All verdicts, and what they may depend on."""
+    """The verdicts and the environment that they may depend on, as plain data."""
     return {
         "conforms": all(verdict.holds for verdict in verdicts),
         "environment": environment(torch.device("cpu")),
@@ -130,7 +119,7 @@ def as_json_data(verdicts: Sequence[Conformance]) -> dict[str, Any]:
 
 
 def show(verdicts: Sequence[Conformance], console: Console) -> None:
-    """Print every law of one loss, or a line for each of several; then what is broken."""
+    """Print a table of the laws of one loss, or of several losses; then the counter-examples."""
     console.print(_laws(verdicts[0]) if len(verdicts) == 1 else _summary(verdicts))
     for verdict in verdicts:
         if not verdict.holds or len(verdicts) == 1:
@@ -147,11 +136,11 @@ def _laws(verdict: Conformance) -> Table:
 
 
 def _summary(verdicts: Sequence[Conformance]) -> Table:
-    table = Table()
-    table.add_column("loss", no_wrap=True)  # what `equiloss verify NAME` takes
-    for head in ("source", "verdict", "laws"):
-        table.add_column(head, overflow="fold")
-    table.add_column("seconds", justify="right")
+    table = Table(
+        Column("loss", no_wrap=True),  # what `equiloss verify NAME` takes
+        *(Column(header, overflow="fold") for header in ("source", "verdict", "laws")),
+        Column("seconds", justify="right"),
+    )
     for verdict in verdicts:
         broken = ", ".join(outcome.law.name for outcome in verdict.broken)
         table.add_row(

@@ -22,7 +22,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def augment(images: Tensor, index: Tensor, epoch: int, seed: int, config: AugmentConfig) -> Tensor:
-    """Shift and flip a batch as `config` says; the same for each world size, worker and order.
+    """Shift and flip a batch as `config` says: the same for any world size, worker and order.
 
     Args:
         images: [N, C, H, W], of any type.
@@ -146,12 +146,8 @@ def build_transform(entries: Sequence[Any]) -> Transform:
     """
     from torchvision.transforms import v2
 
-    pipeline: Transform = v2.Compose(_steps(entries))
+    pipeline: Transform = v2.Compose([_step(entry) for entry in entries])
     return pipeline
-
-
-def _steps(entries: Sequence[Any]) -> list[Transform]:
-    return [_step(entry) for entry in entries]
 
 
 def _step(entry: Any) -> Transform:
@@ -161,7 +157,7 @@ def _step(entry: Any) -> Transform:
         raise ConfigError(
             f"data.augment.transforms is a list of {{name: ClassName, **arguments}}; got {entry!r}"
         )
-    known = {
+    known: dict[str, Callable[..., Transform]] = {
         name: value
         for name, value in vars(v2).items()
         if isinstance(value, type) and issubclass(value, v2.Transform)
@@ -171,12 +167,11 @@ def _step(entry: Any) -> Transform:
     if name not in known:
         raise ConfigError(unknown("transform of torchvision.transforms.v2", name, sorted(known)))
     if "transforms" in arguments:
-        arguments["transforms"] = _steps(arguments["transforms"])
+        arguments["transforms"] = [_step(step) for step in arguments["transforms"]]
     try:
-        made: Transform = known[name](**arguments)
+        return known[name](**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"data.augment.transforms: {name}: {error}") from error
-    return made
 
 
 def _describe(image: Any) -> str:

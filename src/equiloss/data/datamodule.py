@@ -1,4 +1,4 @@
-"""Loaders for a Trainer, what a batch becomes on its device, and where a resumed run goes on."""
+"""The data module: loaders, preparation of batches on the device, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from equiloss.config import DataConfig
-from equiloss.data import mixing
+from equiloss.data import mixing, position
 from equiloss.data.augment import TransformedSource, augment, build_transform
 from equiloss.data.sampler import GlobalBatchSampler
 from equiloss.data.sources import ArraySource, Batch, Source
 from equiloss.data.splits import SPLITS, Splits
 from equiloss.errors import UserError
-from equiloss.losses.targets import validate_targets
+from equiloss.losses.validation import validate_targets
 
 
 class ImageDataModule(lightning.LightningDataModule):
-    """The splits as batches: the same global batches for each number of ranks and workers.
+    """Loaders of the splits: the same global batches for each number of ranks and workers.
 
     The Trainer needs `use_distributed_sampler=False`, since the batches are divided here. A
     checkpoint at any batch resumes with the next one; as a resumed run continues an epoch, it
@@ -73,28 +72,23 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of the training split in the epoch's order, from where the run stopped."""
-        sampler = self._sampler(
-            self._train_source,
-            self.config.batch_size,
-            shuffle=True,
-            lead=self.config.augment.mixes,
-            shards=self.shards,
-        )
+        loader = self._loader(self._train_source, training=True)
         if self._resume_at is not None:
             # Lightning makes the first iterator, and workers ask it for batches, before it calls
             # set_epoch.
+            sampler: Any = loader.batch_sampler
             sampler.epoch, sampler.start_batch = self._resume_at
-            _continue_at(self._trainer.fit_loop, *self._resume_at)
+            position.restore(self._trainer.fit_loop, *self._resume_at)
             self._resume_at = None
-        return self._loader(self._train_source, sampler)
+        return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Batches of the validation split, unpadded and in its own order."""
-        return self._evaluation_loader(self.splits.val)
+        return self._loader(self.splits.val, training=False)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Batches of the test split, unpadded and in its own order."""
-        return self._evaluation_loader(self.splits.test)
+        return self._loader(self.splits.test, training=False)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment and mix (in training), convert and normalise, on the device."""
@@ -112,7 +106,7 @@ class ImageDataModule(lightning.LightningDataModule):
         return batch._replace(images=images.to(dtype, memory_format=self.memory_format))
 
     def _mixed(self, batch: Batch, images: Tensor) -> tuple[Batch, Tensor]:
-        """The batch and its images after MixUp or CutMix, without the row that led."""
+        """The batch and its images after MixUp or CutMix, without the leading row."""
         _, _, height, width = images.shape
         mix = mixing.draw(
             self.config.augment, self.seed, batch.epoch, batch.number, height=height, width=width
@@ -127,19 +121,15 @@ class ImageDataModule(lightning.LightningDataModule):
         return mixed, mixing.mix_images(images, mix, lead=lead)
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, batches of it that are done, and what the order of samples depends on."""
-        fit_loop: Any = self._trainer.fit_loop
-        # Unlike the counters of the current epoch, the total means the same in every hook.
-        done = fit_loop.epoch_loop.batch_progress.total.processed
-        # Before the first batch, or outside of training, the length of an epoch may be unknown.
-        epoch, batch = divmod(done, int(fit_loop.max_batches)) if done else (0, 0)
-        return {"epoch": epoch, "batch": batch} | self._order_depends_on()
+        """Epoch, batches of it that are done, and the settings that the order depends on."""
+        epoch, batch = position.reached(self._trainer.fit_loop)
+        return {"epoch": epoch, "batch": batch} | self._order_settings()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the checkpoint's last batch, or refuse to."""
+        """Resume after the checkpoint's last batch; refuse one of another order of samples."""
         if self._trainer.state.fn != TrainerFn.FITTING:
             return  # an evaluation does not depend on the order of training
-        for key, value in self._order_depends_on().items():
+        for key, value in self._order_settings().items():
             if state_dict[key] != value:
                 raise UserError(
                     f"cannot continue: {key} is {value} now and was {state_dict[key]} when the "
@@ -148,7 +138,7 @@ class ImageDataModule(lightning.LightningDataModule):
                 )
         self._resume_at = state_dict["epoch"], state_dict["batch"]
 
-    def _order_depends_on(self) -> dict[str, int]:
+    def _order_settings(self) -> dict[str, int]:
         return {
             "seed": self.seed,
             "batch_size": self.config.batch_size,
@@ -160,35 +150,21 @@ class ImageDataModule(lightning.LightningDataModule):
         assert self.trainer is not None
         return self.trainer
 
-    def _sampler(
-        self,
-        source: Source,
-        batch_size: int,
-        *,
-        shuffle: bool,
-        lead: bool = False,
-        shards: int | None = None,
-    ) -> GlobalBatchSampler:
-        return GlobalBatchSampler(
+    def _loader(self, source: Source, *, training: bool) -> DataLoader[Batch]:
+        sampler = GlobalBatchSampler(
             len(source),
-            batch_size,
+            self.config.batch_size if training else self.config.eval_batch_size,
             seed=self.seed,
-            shuffle=shuffle,
+            shuffle=training,
             rank=self._trainer.global_rank,
             world_size=self._trainer.world_size,
-            lead=lead,
-            shards=shards,
+            lead=training and self.config.augment.mixes,
+            shards=self.shards if training else None,
         )
-
-    def _evaluation_loader(self, source: Source) -> DataLoader[Batch]:
-        sampler = self._sampler(source, self.config.eval_batch_size, shuffle=False)
-        return self._loader(source, sampler)
-
-    def _loader(self, source: Source, sampler: GlobalBatchSampler) -> DataLoader[Batch]:
         if isinstance(source, ArraySource):
             # Indexing memory is faster than asking another process for it.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        return _Loader(
+        return position.ResumableLoader(
             source,
             # torch's annotation knows lists of int alone; the sampler's slices go to
             # Source.__getitems__ as they are.
@@ -213,39 +189,5 @@ class ImageDataModule(lightning.LightningDataModule):
         return self._statistics[device, dtype]
 
 
-class _Loader(DataLoader[Batch]):
-    """A loader that Lightning takes for resumable, which it is by way of the data module."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
-
-
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _continue_at(fit_loop: Any, epoch: int, batch: int) -> None:
-    """Put Lightning's counters where they stand before this batch of an uninterrupted run.
-
-    Restored counters differ with the hook that wrote the checkpoint. After the last batch of an
-    epoch some of them make Lightning train nothing, and others leave it an epoch whose next
-    checkpoint cannot be resumed. Two states are sound: between two epochs, and within an epoch as
-    `on_train_batch_end` sees it, where `completed` is one behind.
-    """
-    within = batch > 0
-    for epochs in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
-        epochs.ready = epochs.started = epoch + within
-        epochs.processed = epochs.completed = epoch
-    progress = fit_loop.epoch_loop.batch_progress
-    done = progress.total.processed
-    for batches, number in ((progress.total, done), (progress.current, batch)):
-        batches.ready = batches.started = batches.processed = number
-        batches.completed = number - within
-    progress.is_last_batch = False
-    fit_loop.epoch_loop._batches_that_stepped = done - within
-    # The fit loop's own setter takes any run with max_steps for a restart, between epochs too.
-    restarting: Any = _Loop.restarting
-    restarting.fset(fit_loop, within)

@@ -41,11 +41,13 @@ def load(config: DataConfig) -> Splits:
     >>> len(splits.train), len(splits.val), len(splits.test), splits.image_shape
     (1150, 288, 359, (1, 8, 8))
     """
-    choose("dataset", config.name, DATASETS)
-    dataset = DATASETS[config.name]
+    dataset = DATASETS[choose("dataset", config.name, DATASETS)]
     if config.name != "custom":
         _check_options(config, dataset)
-    return dataset(config, **config.options)
+    splits = dataset(config, **config.options)
+    return dataclasses.replace(
+        splits, mean=tuple(config.mean or splits.mean), std=tuple(config.std or splits.std)
+    )
 
 
 def digits(config: DataConfig) -> Splits:
@@ -84,13 +86,8 @@ def synthetic(
     Raises:
         ConfigError: for sizes that make no sense, or fewer than three samples of a class.
     """
-    sizes = {
-        "num_samples": num_samples,
-        "num_classes": num_classes,
-        "channels": channels,
-        "size": size,
-    }
-    for key, value in sizes.items():
+    keys = ("num_samples", "num_classes", "channels", "size")
+    for key, value in zip(keys, (num_samples, num_classes, channels, size), strict=True):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"data.options.{key} must be a whole number above 0, got {value}")
     if imbalance < 1:
@@ -115,7 +112,7 @@ def synthetic(
 
 
 def custom(config: DataConfig, **options: Any) -> Splits:
-    """Whatever the function `data.target` returns when it is called with `data.options`.
+    """The dataset that the function `data.target` returns when called with `data.options`.
 
     It returns either `Splits`, taken as they are, or the three splits as a mapping with the keys
     train, val and test, or as a sequence in this order. Each split is a pair (images, targets) of
@@ -130,10 +127,14 @@ def custom(config: DataConfig, **options: Any) -> Splits:
     """
     where = f"data.target={config.target}"
     function = import_target(str(config.target), "data.target", ConfigError)
-    _check_call(where, function, options)
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        raise ConfigError(f"{where} does not go with data.options: {error}") from error
     returned = function(**options)
     if isinstance(returned, Splits):
-        return _configured(config, returned, where)
+        _refuse_changes(config, where)
+        return returned
     names: Sequence[str] | None = None
     if isinstance(returned, Mapping):
         splits = dict(returned)
@@ -180,25 +181,14 @@ def _check_options(config: DataConfig, dataset: Callable[..., Splits]) -> None:
             raise ConfigError(unknown(f"option of data={config.name}", option, known))
 
 
-def _check_call(where: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    try:
-        inspect.signature(function).bind(**options)
-    except TypeError as error:
-        raise ConfigError(f"{where} does not go with data.options: {error}") from error
-
-
-def _configured(config: DataConfig, splits: Splits, where: str) -> Splits:
+def _refuse_changes(config: DataConfig, where: str) -> None:
+    """Refuse settings that would change images or rows of finished splits."""
     for key in ("max_samples", "long_tail", "image_size"):
         if getattr(config, key) is not None:
             raise ConfigError(
                 f"data.{key} has no effect on the Splits that {where} returned: limit and resize "
                 "there, or return pairs of images and targets"
             )
-    return dataclasses.replace(
-        splits,
-        mean=tuple(config.mean or splits.mean),
-        std=tuple(config.std or splits.std),
-    )
 
 
 def _pair(value: Any, where: str) -> Pair:

@@ -64,12 +64,7 @@ def image_folder(config: DataConfig, *, channels: int = 3) -> Splits:
     grey = channels == 1
     mean = (sum(IMAGENET_MEAN) / 3,) if grey else IMAGENET_MEAN
     std = (sum(IMAGENET_STD) / 3,) if grey else IMAGENET_STD
-    return Splits(
-        **sources,
-        class_names=tuple(class_names),
-        mean=tuple(config.mean or mean),
-        std=tuple(config.std or std),
-    )
+    return Splits(**sources, class_names=tuple(class_names), mean=mean, std=std)
 
 
 def _find(root: Path, config: DataConfig) -> tuple[list[str], dict[str, Files]]:
@@ -105,23 +100,23 @@ def _read(root: Path, class_names: list[str]) -> Files:
                 f"class folder {directory} has no counterpart among the training classes: "
                 f"{', '.join(class_names)}"
             )
-        found = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)
-        if not found:
+        images = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not images:
             raise DataError(
                 f"class folder {directory} holds no image: files end in {', '.join(SUFFIXES)}"
             )
-        paths += found
-        labels += [class_names.index(directory.name)] * len(found)
+        paths += images
+        labels += [class_names.index(directory.name)] * len(images)
     return Files(paths, torch.tensor(labels))
 
 
 def _directories(root: Path) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"no such directory: {root}. Set data.root= to the one of the classes")
-    found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not found:
+    directories = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not directories:
         raise DataError(
             f"{root} has no class folders: images belong into {root / '<class>'}, or into "
             f"{root / 'train' / '<class>'} with val and test beside train"
         )
-    return found
+    return directories

@@ -23,7 +23,7 @@ from equiloss.randomness import Stream, keyed_bits
 
 @dataclass(frozen=True)
 class Mix:
-    """What one global batch is mixed with."""
+    """Parameters of MixUp or CutMix for one global batch."""
 
     share: float
     """Part of each row that stays its own, λ in [0, 1]."""
@@ -34,7 +34,7 @@ class Mix:
 def draw(
     config: AugmentConfig, seed: int, epoch: int, batch: int, *, height: int, width: int
 ) -> Mix | None:
-    """How one global batch is mixed: a function of its arguments alone.
+    """Draw the parameters of one global batch, a function of the arguments alone.
 
     MixUp draws λ ~ Beta(α, α) (Zhang et al., "mixup: Beyond empirical risk minimization", ICLR
     2018). CutMix cuts a box of a share 1 - λ of the image, its middle anywhere, and takes as λ
@@ -67,7 +67,7 @@ def draw(
 
 
 def _span(middle: float, side: float, length: int) -> tuple[int, int]:
-    """Where a box of a share `side` of an axis begins and ends, inside the image."""
+    """Bounds on one axis of a box that spans a share `side` of it, clipped to the image."""
     centre, half = int(middle * length), int(side * length) // 2
     return max(centre - half, 0), min(centre + half, length)
 
@@ -77,7 +77,7 @@ def mix_images(images: Tensor, mix: Mix, *, lead: int) -> Tensor:
 
     Args:
         images: [lead + n, C, H, W], floating point.
-        mix: How.
+        mix: Parameters.
         lead: 1: the first image is there for the second one alone; 0: there is no image.
 
     Returns:
@@ -103,7 +103,7 @@ def mix_targets(
 
     Args:
         target: Classes [lead + n] int64, or probabilities [lead + n, K].
-        mix: How the images are mixed.
+        mix: Parameters of the images.
         lead: As for `mix_images`.
         num_classes: K.
         dtype: Type of the probabilities.

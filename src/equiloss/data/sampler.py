@@ -1,4 +1,4 @@
-"""Which samples form a global batch, and which of them are this rank's."""
+"""The sampler: which samples form a global batch, and which of them are this rank's."""
 
 from __future__ import annotations
 
@@ -28,31 +28,13 @@ class Slice(NamedTuple):
     """Rows of the global batch."""
 
 
-def rank_rows(rows: int, rank: int, world_size: int) -> slice:
-    """The rows of a global batch that belong to a rank: contiguous, as equal as they can be.
+def part_of(whole: int, number: int, parts: int) -> slice:
+    """Part `number` of so many rows, or of so many shards: contiguous, as equal as parts can be.
 
-    >>> [rank_rows(5, rank, 3) for rank in range(3)]
+    >>> [part_of(5, rank, 3) for rank in range(3)]
     [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
     """
-    return slice(rows * rank // world_size, rows * (rank + 1) // world_size)
-
-
-def shard_rows(rows: int, shards: int, shard: int) -> slice:
-    """The rows of a global batch that make a virtual shard.
-
-    >>> [shard_rows(10, 4, shard) for shard in range(4)]
-    [slice(0, 2, None), slice(2, 5, None), slice(5, 7, None), slice(7, 10, None)]
-    """
-    return slice(rows * shard // shards, rows * (shard + 1) // shards)
-
-
-def shards_of_rank(shards: int, rank: int, world_size: int) -> range:
-    """The virtual shards that a rank computes.
-
-    >>> [list(shards_of_rank(8, rank, 3)) for rank in range(3)]
-    [[0, 1], [2, 3, 4], [5, 6, 7]]
-    """
-    return range(shards * rank // world_size, shards * (rank + 1) // world_size)
+    return slice(whole * number // parts, whole * (number + 1) // parts)
 
 
 class GlobalBatchSampler(Sampler[Slice]):
@@ -103,7 +85,7 @@ class GlobalBatchSampler(Sampler[Slice]):
         self.shards = shards
         self.epoch = 0
         self.start_batch = 0
-        """Batches that the next iteration leaves out; the one after it is whole again."""
+        """Batches that the next iteration, and that one alone, skips."""
         # Lightning calls set_epoch on `loader.batch_sampler.sampler`.
         self.sampler = self
 
@@ -128,7 +110,7 @@ class GlobalBatchSampler(Sampler[Slice]):
         self.start_batch = 0
         batches = torch.split(self.order(), self.batch_size)
         for number, batch in enumerate(batches[first:], start=first):
-            rows = self._mine(len(batch))
+            rows = self._own_rows(len(batch))
             # A copy: a view sent to a worker process would take the whole order along.
             indices = batch[rows].clone()
             lead = int(self.lead and len(indices) > 0)
@@ -136,12 +118,10 @@ class GlobalBatchSampler(Sampler[Slice]):
                 indices = torch.cat([batch[rows.start - 1].view(1), indices])
             yield Slice(epoch, indices, number, lead, len(batch))
 
-    def _mine(self, rows: int) -> slice:
+    def _own_rows(self, rows: int) -> slice:
         """This rank's rows of a global batch."""
         if self.shards is None:
-            return rank_rows(rows, self.rank, self.world_size)
-        mine = shards_of_rank(self.shards, self.rank, self.world_size)
-        first, last = (
-            shard_rows(rows, self.shards, shard).start for shard in (mine.start, mine.stop)
-        )
+            return part_of(rows, self.rank, self.world_size)
+        shards = part_of(self.shards, self.rank, self.world_size)
+        first, last = (part_of(rows, n, self.shards).start for n in (shards.start, shards.stop))
         return slice(first, last)

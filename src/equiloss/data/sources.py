@@ -1,4 +1,4 @@
-"""Where a split's images come from: a tensor in memory, or image files read as they are needed."""
+"""Sources of a split's images: a tensor in memory, or image files decoded as they are needed."""
 
 from __future__ import annotations
 

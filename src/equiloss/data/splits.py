@@ -1,4 +1,4 @@
-"""A dataset's three splits, what is known of them, and how a split is drawn."""
+"""A dataset's three splits with their metadata, and how a split is drawn."""
 
 from __future__ import annotations
 
@@ -77,15 +77,11 @@ class Splits:
         return torch.bincount(known, minlength=self.num_classes)
 
 
-def in_memory(
-    config: DataConfig,
-    pairs: Mapping[str, Pair],
-    class_names: Sequence[str],
-) -> Splits:
-    """Make splits of tensors: limited, resized and with their statistics as `config` says.
+def in_memory(config: DataConfig, pairs: Mapping[str, Pair], class_names: Sequence[str]) -> Splits:
+    """Make splits of tensors, limited and resized as `config` says, with the training statistics.
 
     Args:
-        config: `long_tail`, `max_samples`, `image_size`, `mean`, `std` and `split_seed` are used.
+        config: `long_tail`, `max_samples`, `image_size` and `split_seed` are used.
         pairs: For train, val and test each: images [N, C, H, W] uint8 and targets, [N] int64 or
             [N, K] floating point.
         class_names: Names of the classes, in the order of the targets.
@@ -101,12 +97,7 @@ def in_memory(
             images = resize(images, config.image_size)
         sources[split] = ArraySource(images, targets)
     mean, std = channel_statistics(sources["train"].images)
-    return Splits(
-        **sources,
-        class_names=tuple(class_names),
-        mean=tuple(config.mean or mean),
-        std=tuple(config.std or std),
-    )
+    return Splits(**sources, class_names=tuple(class_names), mean=mean, std=std)
 
 
 def limited(length: int, config: DataConfig) -> Tensor | None:
@@ -222,7 +213,7 @@ def _apportion(quotas: Tensor, smallest: Tensor, largest: Tensor) -> Tensor:
 
 
 def _rank_within_class(labels: Tensor) -> Tensor:
-    """How many rows before it have each row's class [N].
+    """Position of each row among the rows of its class, from 0 [N].
 
     >>> _rank_within_class(torch.tensor([7, 2, 7, 7, 2])).tolist()
     [0, 0, 1, 2, 1]

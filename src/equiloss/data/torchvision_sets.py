@@ -65,20 +65,21 @@ def _idx_set(
     if config.download:
         for is_train in (True, False):
             _torchvision(name, config, train=is_train)
-    root = Path(config.root) if config.root else DEFAULT_ROOT
+    root = Path(config.root or DEFAULT_ROOT)
     # Files right in the directory, or where torchvision puts them.
-    places = [root, root / name / "raw", *(() if config.root else others)]
-    found = next((place for place in places if _idx_file(place, "train-images-idx3-ubyte")), None)
-    if found is None:
+    candidates = [root, root / name / "raw", *(() if config.root else others)]
+    train_images = "train-images-idx3-ubyte"
+    directory = next((place for place in candidates if _idx_file(place, train_images)), None)
+    if directory is None:
         hint = f", or install Debian's package dataset-{others[0].name}" if others else ""
         raise DataError(
-            f"{config.name}: no IDX files in {', '.join(str(place) for place in places)}. Set "
+            f"{config.name}: no IDX files in {', '.join(map(str, candidates))}. Set "
             f"data.root= to their directory, download them with data.download=true{hint}"
         )
     train, test = (
         (
-            _idx(found, f"{part}-images-idx3-ubyte").unsqueeze(1),  # [N, H, W] -> [N, 1, H, W]
-            _idx(found, f"{part}-labels-idx1-ubyte").long(),
+            _idx(directory, f"{part}-images-idx3-ubyte").unsqueeze(1),  # [N, H, W] -> [N, 1, H, W]
+            _idx(directory, f"{part}-labels-idx1-ubyte").long(),
         )
         for part in ("train", "t10k")
     )
@@ -97,7 +98,7 @@ def _cifar(config: DataConfig, name: str) -> Splits:
 def _torchvision(name: str, config: DataConfig, *, train: bool) -> Any:
     from torchvision import datasets
 
-    root = Path(config.root) if config.root else DEFAULT_ROOT
+    root = Path(config.root or DEFAULT_ROOT)
     try:
         return getattr(datasets, name)(root, train=train, download=config.download)
     except (RuntimeError, OSError) as error:

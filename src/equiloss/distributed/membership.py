@@ -22,8 +22,8 @@ CHILD = "EQUILOSS_RANK"
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """What a launcher says of this process."""
+class Membership:
+    """This process's place among the ranks that another launcher has started."""
 
     launcher: str
     """torchrun | srun."""
@@ -34,15 +34,10 @@ class Ranks:
     local_world_size: int
     """Ranks on this machine."""
 
-    @property
-    def nodes(self) -> int:
-        """Machines."""
-        return self.world_size // self.local_world_size
-
 
 @cache  # Lightning removes some of the variables at the end of a fit
-def found() -> Ranks | None:
-    """The launcher that started this process as one of several ranks, if one did.
+def external() -> Membership | None:
+    """This process's place among the ranks of torchrun or srun; None if neither started it.
 
     An allocation of SLURM is not enough: in the script of a batch job this process is alone, and
     starts its ranks itself. Only srun counts the tasks of a step.
@@ -50,16 +45,16 @@ def found() -> Ranks | None:
     variables = os.environ
     if "TORCHELASTIC_RUN_ID" in variables:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return Ranks("torchrun", *(int(variables[name]) for name in names))
+        return Membership("torchrun", *(int(variables[name]) for name in names))
     tasks = int(variables.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks > 1:
         nodes = int(variables.get("SLURM_STEP_NUM_NODES", 1))
         rank, local = (int(variables[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
-        return Ranks("srun", rank, tasks, local, tasks // nodes)
+        return Membership("srun", rank, tasks, local, tasks // nodes)
     return None
 
 
-def world_size(config: TrainerConfig) -> int:
+def ranks_asked_for(config: TrainerConfig) -> int:
     """Ranks that a configuration asks for."""
     if config.devices != -1:
         return config.devices
@@ -69,14 +64,14 @@ def world_size(config: TrainerConfig) -> int:
 
 
 def is_child() -> bool:
-    """Whether this process was started by `supervise`."""
+    """Whether this process was started by `equiloss.launching.ranks`."""
     return CHILD in os.environ
 
 
 def is_first() -> bool:
     """Whether this process speaks for its group: rank 0, or alone."""
-    ranks = found()
-    return ranks is None or ranks.rank == 0
+    group = external()
+    return group is None or group.rank == 0
 
 
 def quieten_hydra(arguments: list[str]) -> None:
@@ -89,31 +84,34 @@ def quieten_hydra(arguments: list[str]) -> None:
         arguments += ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
 
 
-def join(ranks: Ranks, config: TrainerConfig) -> None:
-    """Be one of a process group of all ranks, from now until this process ends.
+def join(config: TrainerConfig) -> None:
+    """Be one of a process group of another launcher's ranks, until this process ends.
 
     Raises:
         ConfigError: if `trainer.devices` is another number than that of the ranks.
     """
+    group = external()
+    if group is None:
+        return
     import torch.distributed as dist
 
-    if config.devices not in (ranks.world_size, -1):
+    if config.devices not in (group.world_size, -1):
         raise ConfigError(
-            f"{ranks.launcher} started {ranks.world_size} ranks, and trainer.devices is "
-            f"{config.devices}: set trainer.devices={ranks.world_size}, or leave {ranks.launcher} "
+            f"{group.launcher} started {group.world_size} ranks, and trainer.devices is "
+            f"{config.devices}: set trainer.devices={group.world_size}, or leave {group.launcher} "
             "out (train.py starts ranks itself)"
         )
-    if ranks.launcher == "srun":
+    if group.launcher == "srun":
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
         # Not a port that another step, or job, of the same node would take.
         job, step = (int(os.environ.get(f"SLURM_{name}_ID", 0)) for name in ("JOB", "STEP"))
         os.environ |= {
-            "RANK": str(ranks.rank),
-            "WORLD_SIZE": str(ranks.world_size),
-            "LOCAL_RANK": str(ranks.local_rank),
-            "NODE_RANK": str(ranks.rank // ranks.local_world_size),
+            "RANK": str(group.rank),
+            "WORLD_SIZE": str(group.world_size),
+            "LOCAL_RANK": str(group.local_rank),
+            "NODE_RANK": str(group.rank // group.local_world_size),
             "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(nodes),
             "MASTER_PORT": str(15000 + (7 * job + step) % 10000),
         }
@@ -123,8 +121,10 @@ def join(ranks: Ranks, config: TrainerConfig) -> None:
     dist.init_process_group("gloo" if config.accelerator == "cpu" else "cpu:gloo,cuda:nccl")
 
 
-def agreed(value: Any) -> Any:
-    """The first rank's value, on every rank."""
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value, on every rank of another launcher; alone, the value itself."""
+    if external() is None:
+        return value
     import torch.distributed as dist
 
     box = [value]
@@ -132,17 +132,18 @@ def agreed(value: Any) -> Any:
     return box[0]
 
 
-def check_same(config_hash: str) -> None:
-    """Compare every rank's configuration.
+def check_same_config(config_hash: str) -> None:
+    """Compare the configurations that the ranks of another launcher have composed.
 
     Raises:
         ConfigError: on every rank, if they are not all the same, naming the ranks.
     """
-    import torch.distributed as dist
+    if external() is None:
+        return
+    from equiloss.distributed import collectives
 
-    hashes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, config_hash)
-    others = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
+    hashes = collectives.gather_objects(config_hash)
+    others = [str(rank) for rank, own in enumerate(hashes) if own != hashes[0]]
     if others:
         raise ConfigError(
             f"rank {', '.join(others)} composed another configuration than rank 0: every rank "

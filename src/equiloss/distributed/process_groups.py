@@ -21,6 +21,21 @@ JOIN_SECONDS = 60
 GRACE_SECONDS = 1.0
 
 
+class RankEndedError(RuntimeError):
+    """A rank of `run_ranks` raised or died.
+
+    Args:
+        rank: Its number.
+        trace: Its traceback; empty where it died without a word.
+    """
+
+    def __init__(self, rank: int, trace: str = "") -> None:
+        how = f"failed:\n{trace}" if trace else "died without a word"
+        super().__init__(f"rank {rank} {how}")
+        self.rank = rank
+        self.trace = trace
+
+
 def run_ranks(function: Callable[..., _T], world_size: int, *args: Any) -> list[_T]:
     """Call `function(*args)` on every rank of a real gloo process group.
 
@@ -33,7 +48,7 @@ def run_ranks(function: Callable[..., _T], world_size: int, *args: Any) -> list[
         What the function returned on each rank, in rank order; pickled too.
 
     Raises:
-        RuntimeError: if a rank raises or dies, with that rank's traceback; the others are ended.
+        RankEndedError: if a rank raises or dies, with that rank's traceback; the others are ended.
 
     >>> from equiloss.distributed import collectives
     >>> run_ranks(collectives.world_size, 2)
@@ -73,7 +88,7 @@ def _check_others(pipes: list[Connection], heard: set[int]) -> None:
         try:
             pipe.recv_bytes()
         except (EOFError, ConnectionResetError):
-            raise RuntimeError(f"rank {pipes.index(pipe)} died without a word") from None
+            raise RankEndedError(pipes.index(pipe)) from None
 
 
 def _collect(pipes: list[Connection]) -> list[Any]:
@@ -87,7 +102,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
                 succeeded, value, moment = pickle.loads(pipes[rank].recv_bytes())
             except (EOFError, ConnectionResetError):
                 # A rank that dies takes the others' connections with it: it was before them.
-                raise RuntimeError(f"rank {rank} died without a word") from None
+                raise RankEndedError(rank) from None
             if succeeded:
                 results[rank] = value
             else:
@@ -95,7 +110,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
         if failures:
             _check_others(pipes, {rank for _, rank, _ in failures} | set(results))
             _, rank, value = min(failures)
-            raise RuntimeError(f"rank {rank} failed:\n{value}")
+            raise RankEndedError(rank, value)
     return [results[rank] for rank in range(len(pipes))]
 
 

@@ -1,4 +1,4 @@
-"""A figure of a proof with its bound, and the report that many of them make."""
+"""The proof's data: figures with their bounds, the parts that hold them, and the report."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from typing import Any
 
 from equiloss.records.atomic import write_atomically
 
-Value = str | int
-
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: how far something is from what it must equal.
+    """One figure: the difference between a quantity and what it must equal.
 
     Args:
-        row: What is compared.
-        column: Under which split of the work, or interruption.
+        row: Name of the quantity.
+        column: Name of the split of the work, or of the interruption.
         figure: The difference found.
         bound: The largest difference that rounding explains.
         control: The same figure for the usual mean of local means, where that was tried.
-        control_differs: Whether the control must be found out here: its local masses differ.
+        control_differs: Whether the control must fail here: its local masses differ.
     """
 
     row: str
@@ -35,9 +33,10 @@ class Cell:
 
     @property
     def holds(self) -> bool:
-        """Whether the figure is within its bound, and the control was found out."""
-        found_out = not self.control_differs or not (self.control or 0.0) <= CONTROL_AT_LEAST
-        return self.figure <= self.bound and found_out
+        """Whether the figure is within its bound, and a control that must fail does."""
+        # Negated, so that a control that is NaN counts as failed.
+        detected = not self.control_differs or not (self.control or 0.0) <= CONTROL_AT_LEAST
+        return self.figure <= self.bound and detected
 
 
 CONTROL_AT_LEAST = 1e-3
@@ -50,14 +49,14 @@ class Part:
 
     title: str
     text: str
-    """What was done, and what the figures are."""
+    """The experiment, and the meaning of its figures."""
     cells: list[Cell] = field(default_factory=list)
     series: dict[str, list[float]] = field(default_factory=dict)
     """Figures per step, for the picture."""
 
     @property
     def holds(self) -> bool:
-        """Whether every cell does; a part without cells proves nothing."""
+        """Whether every cell holds; a part without cells proves nothing."""
         return bool(self.cells) and all(cell.holds for cell in self.cells)
 
     @property
@@ -68,14 +67,14 @@ class Part:
 
 @dataclass
 class Report:
-    """The whole proof: parts, and what the figures depend on."""
+    """The whole proof: its parts, and the environment that they were measured in."""
 
     parts: dict[str, Part]
     environment: dict[str, Any]
 
     @property
     def holds(self) -> bool:
-        """Whether every part does."""
+        """Whether every part holds."""
         return all(part.holds for part in self.parts.values())
 
     def write(self, directory: Path) -> None:
@@ -124,15 +123,15 @@ class Report:
 
 def _table(cells: Sequence[Cell]) -> list[str]:
     columns = list(dict.fromkeys(cell.column for cell in cells))
-    by_place = {(cell.row, cell.column): cell for cell in cells}
+    table = {(cell.row, cell.column): cell for cell in cells}
     lines = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for row in dict.fromkeys(cell.row for cell in cells):
-        figures = [_shown(by_place.get((row, column))) for column in columns]
+        figures = [_markdown_cell(table.get((row, column))) for column in columns]
         lines.append(f"| {row} | {' | '.join(figures)} |")
     return lines
 
 
-def _shown(cell: Cell | None) -> str:
+def _markdown_cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
     figure = "0" if cell.figure == 0 else f"{cell.figure:.1e}"

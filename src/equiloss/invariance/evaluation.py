@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
-
-from lightning.pytorch import Callback, Trainer
 
 from equiloss.config import SPLIT_METRICS
 from equiloss.distributed import collectives
 from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance.cells import Cell, Part
 from equiloss.invariance.rank_runs import train
-from equiloss.training.classifier import Classifier
+from equiloss.records.results import Result
+from equiloss.records.run_dir import EVALUATION, LAST_CHECKPOINT
 
 WORLD_SIZES = (1, 2, 3, 4)
 # 359 is a prime; of 3 and of 1 samples not every rank gets one.
 LENGTHS = (359, 3, 1)
 # Sums of float64 in another order, over at most 359 rows.
 BOUND = 1e-12
-COUNTS = ("acc", "balanced_acc", "acc_top5")
+ROUNDED = ("loss", "nll", "ece")
+"""Metrics that are such sums; the others follow from counts."""
 
 
 def measure(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict[str, Part]:
@@ -32,72 +33,54 @@ def measure(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict
         "of entries that differ from one process's; must be 0. Loss, nll and calibration error: "
         f"relative difference; at most {BOUND:g}.",
     )
-    found = {size: run_ranks(_evaluations, size, directory)[0] for size in world_sizes}
-    part.cells = [cell for length in LENGTHS for cell in compare(found, length)]
+    for world_size in world_sizes:
+        run_ranks(_evaluate, world_size, directory)
+    part.cells = [cell for length in LENGTHS for cell in compare(directory, length, world_sizes)]
     return {"evaluation": part}
 
 
-def compare(found: dict[int, dict[int, Figures]], length: int) -> list[Cell]:
-    """Hold every world size's figures of one length against those of one process."""
+def compare(directory: Path, length: int, world_sizes: tuple[int, ...]) -> list[Cell]:
+    """Compare the evaluations of `length` samples on every world size with one process's."""
     cells = []
-    expected = found[1][length]
-    for world_size, by_length in found.items():
-        got, column = by_length[length], f"W={world_size}"
-
-        def add(row: str, figure: float, bound: float = 0.0, column: str = column) -> None:
-            cells.append(Cell(f"N={length}, {row}", column, figure, bound))
-
+    expected, expected_counts, _ = _read(directory / _name(1, length))
+    for world_size in world_sizes:
+        metrics, counts, samples = _read(directory / _name(world_size, length))
+        figures: dict[str, float] = {}
         for name in SPLIT_METRICS:
-            a, b = got.metrics[f"test/{name}"], expected.metrics[f"test/{name}"]
-            if name in COUNTS:
-                add(name, int(a != b))
+            value, reference = metrics[f"test/{name}"], expected[f"test/{name}"]
+            if name in ROUNDED:
+                figures[name] = abs(value - reference) / abs(reference)
             else:
-                add(name, abs(a - b) / abs(b), BOUND)
-        pairs = zip(got.confusion, expected.confusion, strict=True)
-        add("confusion matrix", sum(a != b for rows in pairs for a, b in zip(*rows, strict=True)))
+                figures[name] = int(value != reference)
+        pairs = zip(counts, expected_counts, strict=True)
+        figures["confusion matrix"] = sum(a != b for a, b in pairs)
         # Each sample was seen, and seen once.
-        add("samples", abs(got.samples - length) + abs(sum(map(sum, got.confusion)) - length))
+        figures["samples"] = abs(samples - length) + abs(sum(counts) - length)
+        cells += [
+            Cell(f"N={length}, {row}", f"W={world_size}", figure, BOUND if row in ROUNDED else 0.0)
+            for row, figure in figures.items()
+        ]
     return cells
 
 
-@dataclass
-class Figures:
-    """What one evaluation found."""
-
-    metrics: dict[str, Any]
-    samples: int
-    confusion: list[list[int]]
+def _read(run_dir: Path) -> tuple[dict[str, Any], list[int], int]:
+    """Metrics, entries of the confusion matrix [K·K] and samples of a run's test split."""
+    result = Result.read(run_dir)
+    evaluation = json.loads((run_dir / EVALUATION).read_text(encoding="utf-8"))
+    return result.metrics, list(chain(*evaluation["test"]["confusion"])), result.samples["test"]
 
 
-class _Keep(Callback):
-    """Keeps the confusion matrix of a test."""
-
-    def __init__(self) -> None:
-        self.confusion: list[list[int]] = []
-
-    def on_test_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
-        self.confusion = pl_module.evaluated["test"].confusion.tolist()
+def _name(world_size: int, length: int) -> str:
+    return f"W={world_size}, N={length}"
 
 
-def _evaluations(directory: Path) -> dict[int, Figures]:
-    """On every rank: every length on one world size."""
-    trained = directory / "trained"
-    if collectives.world_size() == 1:
+def _evaluate(directory: Path) -> None:
+    """On every rank: test the weights of one short training on every number of samples."""
+    world_size, trained = collectives.world_size(), directory / "trained"
+    if world_size == 1:
         train(trained, {"trainer": {"max_steps": 30}})
-    found = {}
+    task = {"task": "test", "ckpt_path": str(trained / LAST_CHECKPOINT)}
     for length in LENGTHS:
-        keep = _Keep()
-        result = train(
-            directory / f"W{collectives.world_size()}-N{length}",
-            {
-                "task": "test",
-                "ckpt_path": str(trained / "checkpoints" / "last.ckpt"),
-                "data": {
-                    "max_samples": None if length == max(LENGTHS) else length,
-                    "eval_batch_size": 50,
-                },
-            },
-            callbacks=[keep],
-        )
-        found[length] = Figures(result.metrics, result.samples["test"], keep.confusion)
-    return found
+        samples = None if length == max(LENGTHS) else length
+        data = {"data": {"max_samples": samples, "eval_batch_size": 50}}
+        train(directory / _name(world_size, length), task, data)

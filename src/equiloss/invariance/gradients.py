@@ -7,21 +7,21 @@ batch, `F.cross_entropy(reduction="mean")` and autograd: none of our code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
+from equiloss.data.sampler import part_of
 from equiloss.data.sources import Batch
 from equiloss.distributed import collectives
 from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance import references
 from equiloss.invariance.cells import Cell, Part
-from equiloss.invariance.rank_runs import config, in_rank, trainer_plugins
+from equiloss.invariance.rank_runs import config, set_up_rank
 from equiloss.invariance.steps import (
     CLASSES,
     ROWS,
@@ -31,12 +31,13 @@ from equiloss.invariance.steps import (
     global_batch,
     micro_batch_size,
     network,
-    own_rows,
     steps,
 )
 from equiloss.losses.criterion import Criterion
 from equiloss.models.dropout import RowKeys
 from equiloss.training.classifier import Classifier
+from equiloss.training.step import MicroBatches
+from equiloss.training.trainer import environment, strategy
 
 DTYPES = (torch.float64, torch.float32)
 # Relative to the gradient's norm: float64 rounds at 1e-16 and float32 at 6e-8, some ten layers
@@ -46,7 +47,7 @@ MASSES_DIFFER = 0.1
 
 
 def measure(world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict[str, Part]:
-    """The matrix, as a part for each dtype."""
+    """Compare the gradient of every step with one device's: a part for each dtype."""
     parts = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
@@ -64,43 +65,38 @@ def measure(world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict[str, Part]:
 
 
 def cells(dtype: torch.dtype) -> list[Cell]:
-    """On every rank: the cells of one world size."""
-    in_rank()
+    """On every rank: take every step of one world size, a cell for each."""
+    set_up_rank()
+    taken = zip(steps(collectives.world_size()), _gradients(dtype), strict=True)
+    return [_cell(step, gradient) for step, gradient in taken]
+
+
+def _cell(step: Step, gradient: Tensor) -> Cell:
+    """Compare a step's gradient [P], and that of a mean of local means, with one device's."""
+    world_size, dtype = collectives.world_size(), gradient.dtype
+    batch, case = global_batch(step, dtype), cases(world_size)[step.case]
+    reference = references.reference(batch, case)
+    control = references.local_means(batch, case, step)
+    norm = float(reference.norm()) or 1.0
+    masses = references.local_masses(batch, case, step)
+    spread = (max(masses) - min(masses)) / (sum(masses) / len(masses) or 1.0)
+    return Cell(
+        row=f"{step.case}, {step.loss}",
+        column=f"W={world_size}, m={step.micro_batches}",
+        figure=float((gradient - reference).norm()) / norm,
+        bound=0.0 if step.case == "everything ignored" else BOUNDS[dtype],
+        control=float((control - reference).norm()) / norm,
+        control_differs=spread > MASSES_DIFFER,
+    )
+
+
+def _gradients(dtype: torch.dtype) -> list[Tensor]:
+    """Synchronised gradient [P] of each of `steps`, as the optimizer would get it."""
     world_size = collectives.world_size()
-    found = _gradients(dtype)
-    made = []
-    for step, gradient in found:
-        batch = global_batch(step, dtype)
-        case = cases(world_size)[step.case]
-        reference, control = (
-            references.reference(batch, case),
-            references.local_means(batch, case, step),
-        )
-        norm = float(reference.norm()) or 1.0
-        masses = references.local_masses(batch, case, step)
-        spread = (max(masses) - min(masses)) / (sum(masses) / len(masses) or 1.0)
-        nothing = step.case == "everything ignored"
-        made.append(
-            Cell(
-                row=f"{step.case}, {step.loss}",
-                column=f"W={world_size}, m={step.micro_batches}",
-                figure=float((gradient - reference).norm()) / norm,
-                bound=0.0 if nothing else BOUNDS[dtype],
-                control=float((control - reference).norm()) / norm,
-                control_differs=spread > MASSES_DIFFER,
-            )
-        )
-    return made
-
-
-def _gradients(dtype: torch.dtype) -> list[tuple[Step, Tensor]]:
-    """Every step's synchronised gradient, as the optimizer would get it."""
-    precision: Literal["64-true", "32-true"]
-    precision = "64-true" if dtype == torch.float64 else "32-true"
+    precision: Literal["64-true", "32-true"] = "64-true" if dtype == torch.float64 else "32-true"
     settings = config(
         {
-            "trainer": {"precision": precision, "devices": collectives.world_size()},
-            "data": {"name": "custom", "target": "unused:unused", "batch_size": ROWS},
+            "trainer": {"precision": precision, "devices": world_size},
             # The gradients are taken out before the step: the weights stay as they are.
             "optimizer": {"weight_decay": 0.0, "options": {"momentum": 0.0, "nesterov": False}},
         }
@@ -109,14 +105,15 @@ def _gradients(dtype: torch.dtype) -> list[tuple[Step, Tensor]]:
         network(dtype),
         Criterion("cross_entropy"),
         settings.config,
-        rows=RowKeys(0),
+        row_keys=RowKeys(0),
         num_classes=CLASSES,
         split_sizes={"train": ROWS},
+        total_steps=len(steps(world_size)),
     )
     capture = _Capture()
     trainer = Trainer(
         accelerator="cpu",
-        devices=collectives.world_size(),
+        devices=world_size,
         precision=precision,
         max_epochs=1,
         logger=False,
@@ -125,30 +122,23 @@ def _gradients(dtype: torch.dtype) -> list[tuple[Step, Tensor]]:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **trainer_plugins(),
+        strategy=strategy(world_size),
+        plugins=[*environment()],
     )
-    trainer.fit(classifier, DataLoader(_Slices(dtype), batch_size=None))
-    wanted = steps(collectives.world_size())
-    # Every step was taken, by a group of the size asked for.
-    assert len(capture.gradients) == len(wanted)
-    assert trainer.world_size == collectives.world_size()
-    return list(zip(wanted, capture.gradients, strict=True))
+    # To a loader, a list is a dataset.
+    slices: Any = [_own_slice(global_batch(step, dtype)) for step in steps(world_size)]
+    trainer.fit(classifier, DataLoader(slices, batch_size=None))
+    # The steps were taken by a group of the size asked for.
+    assert trainer.world_size == world_size
+    return capture.gradients
 
 
-class _Slices(IterableDataset[Batch]):
-    """This rank's slice of each step's global batch."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __len__(self) -> int:
-        return len(steps(collectives.world_size()))
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in steps(collectives.world_size()):
-            batch = global_batch(step, self.dtype)
-            rows = own_rows(len(batch.target), torch.distributed.get_rank())
-            yield Batch(batch.images[rows], batch.target[rows], batch.index[rows], 0)
+def _own_slice(batch: Batch) -> Batch:
+    """This rank's rows of a global batch."""
+    rows = part_of(batch.rows, dist.get_rank(), collectives.world_size())
+    return batch._replace(
+        images=batch.images[rows], target=batch.target[rows], index=batch.index[rows]
+    )
 
 
 class _Capture(Callback):
@@ -157,25 +147,17 @@ class _Capture(Callback):
     def __init__(self) -> None:
         self.gradients: list[Tensor] = []
 
-    def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: Classifier,  # type: ignore[override]
-        batch: Batch,
-        batch_idx: int,
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Classifier, batch: Batch, batch_idx: int
     ) -> None:
         world_size = collectives.world_size()
         step = steps(world_size)[batch_idx]
         case = cases(world_size)[step.case]
         pl_module.criterion = Criterion(step.loss, **case.options)
-        pl_module.step.micro_batch_size = micro_batch_size(len(case.target), step)
+        size = micro_batch_size(len(case.target), step.micro_batches)
+        pl_module.step.accumulate = MicroBatches(pl_module, size)
 
-    def on_before_optimizer_step(
-        self,
-        trainer: Trainer,
-        pl_module: Classifier,  # type: ignore[override]
-        optimizer: Optimizer,
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:  # type: ignore[override]
         gradients = [p.grad for p in pl_module.model.parameters() if p.grad is not None]
         self.gradients.append(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient in gradients:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import csv
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from equiloss.distributed.process_groups import run_ranks
+from equiloss.distributed.process_groups import RankEndedError, run_ranks
 from equiloss.invariance import trajectories
 from equiloss.invariance.cells import Cell, Part
-from equiloss.invariance.controls import KillAfterStep, KillInStep, KillInWrite
-from equiloss.invariance.rank_runs import Recorder, Tree, read_records, train
+from equiloss.invariance.controls import Kill
+from equiloss.invariance.rank_runs import Recorder, Tree, last_checkpoint, read_records, train
 from equiloss.records.results import Result
 from equiloss.records.run_dir import METRICS
 
@@ -33,17 +32,20 @@ SCHEDULES: dict[str, Tree] = {
     "cosine": {"scheduler": {"name": "cosine", "warmup_fraction": 0.05}},
     "one-cycle": {"scheduler": {"name": "one_cycle", "warmup_fraction": 0.0}},
 }
-KILLS = {"in step": KillInStep, "after step": KillAfterStep, "in a checkpoint after": KillInWrite}
+RECORDS, CONTINUED = "records.jsonl", "continued.jsonl"
+STATES = {"weights": "state_dict", "optimizer": "optimizer_states", "schedule": "lr_schedulers"}
+"""Parts of a checkpoint that are compared, by the key that Lightning saves them under."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A run, where it is killed, and how it goes on."""
+    """One interruption: a run, the step that it is killed at, and the ranks that continue it."""
 
     world_size: int
     workers: int
     schedule: str
     kill: str
+    """The moment of the kill, as `Kill` takes it."""
     step: int
     """Index of the optimizer step."""
     continued_on: int
@@ -54,12 +56,12 @@ class Point:
         if self.continued_on != self.world_size:
             ranks += f" to {self.continued_on}"
         epoch, step = divmod(self.step, STEPS_PER_EPOCH)
-        where = f"killed {self.kill} {step} of epoch {epoch}"
-        return f"{ranks}, n={self.workers}, {self.schedule}, {where}"
+        kill = f"killed {self.kill} {step} of epoch {epoch}"
+        return f"{ranks}, n={self.workers}, {self.schedule}, {kill}"
 
 
 def points(seed: int = 0) -> list[Point]:
-    """Where runs are killed: seeded steps in each kind of place.
+    """The interruptions that are measured: steps drawn by a seed, for each kind of kill.
 
     >>> len(points()), {point.world_size for point in points()}
     (10, {1, 2})
@@ -88,7 +90,7 @@ def points(seed: int = 0) -> list[Point]:
 
 
 def measure(directory: Path) -> dict[str, Part]:
-    """Kill and continue at every point."""
+    """Kill and continue a run at every point, and compare it with the uninterrupted one."""
     part = Part(
         "Interruptions",
         f"{EPOCHS} epochs of {STEPS_PER_EPOCH} steps, checkpoints every 2, SIGKILL to every "
@@ -104,89 +106,68 @@ def measure(directory: Path) -> dict[str, Part]:
 
 
 def _cells(point: Point, directory: Path, number: int) -> list[Cell]:
-    """Kill, continue and compare."""
-    elastic = point.continued_on != point.world_size
+    """Kill a run at a point, continue it, and compare it with the uninterrupted run."""
     whole = directory / f"whole-{point.world_size}-{point.schedule}"
     if not whole.exists():
-        run_ranks(_whole, point.world_size, whole, point.schedule)
-    place = directory / f"killed-{number}"
+        uninterrupted = replace(point, workers=0)
+        run_ranks(_train, point.world_size, whole, uninterrupted, Recorder(whole / RECORDS))
+    run_dir = directory / f"killed-{number}"
+    attempt = Recorder(run_dir / RECORDS), Kill(point.kill, point.step)
     try:
-        run_ranks(_killed, point.world_size, place, point)
-    except RuntimeError as error:
-        if "died without a word" not in str(error):
-            raise
+        run_ranks(_train, point.world_size, run_dir, point, *attempt)
+    except RankEndedError as failure:
+        if failure.trace:
+            raise  # it was not killed
     else:
         raise AssertionError(f"{point}: the run was never killed")
-    seen = read_records(place / RECORDS)
-    assert len(seen) > 0
-    run_ranks(_continued, point.continued_on, place, point)
+    records = read_records(run_dir / RECORDS)
+    assert len(records) > 0
+    run_ranks(_train, point.continued_on, run_dir, point, Recorder(run_dir / CONTINUED))
 
-    segments = Result.read(place).segments
-    assert [segment["world_size"] for segment in segments] == [
-        point.world_size,
-        point.continued_on,
-    ]
+    first, second = Result.read(run_dir).segments
+    assert (first["world_size"], second["world_size"]) == (point.world_size, point.continued_on)
     # It went on from a checkpoint, and not from the beginning.
-    resumed_at = segments[1]["from_step"]
+    resumed_at = second["from_step"]
     assert 0 < resumed_at <= point.step + 1
-    seen = [record for record in seen if record["step"] < resumed_at]
-    seen += read_records(place / CONTINUED)
+    records = [record for record in records if record["step"] < resumed_at]
+    records += read_records(run_dir / CONTINUED)
     expected = read_records(whole / RECORDS)
-    pairs = zip_longest(seen, expected, fillvalue={"step": None, "ids": None})
+    pairs = zip_longest(records, expected, fillvalue={"step": None, "ids": None})
     wrong = sum((a["step"], a["ids"]) != (b["step"], b["ids"]) for a, b in pairs)
     row = str(point)
     cells = [Cell(row, "samples", wrong, 0)]
-    if elastic:
-        apart = trajectories.weights_apart(place, whole)
-        return [*cells, Cell(row, "weights, relative", apart, trajectories.BOUND)]
-    return [*cells, *(Cell(row, name, count, 0) for name, count in bits(place, whole).items())]
+    if point.continued_on != point.world_size:
+        difference = trajectories.weight_difference(run_dir, whole)
+        return [*cells, Cell(row, "weights, relative", difference, trajectories.BOUND)]
+    return [*cells, *(Cell(row, name, count, 0) for name, count in bits(run_dir, whole).items())]
+
+
+def _train(run_dir: Path, point: Point, *callbacks: Callback) -> None:
+    """On every rank: the run of a point, from its last checkpoint if it has one."""
+    changes = [OPTIONS, SCHEDULES[point.schedule], {"data": {"num_workers": point.workers}}]
+    train(run_dir, *changes, callbacks=callbacks)
 
 
 def bits(run_dir: Path, reference: Path) -> dict[str, int]:
-    """Entries of two runs' last states, and of their metrics.csv, that differ in any bit."""
-    ours, theirs = (_last(place) for place in (run_dir, reference))
-    found = {name: differing(ours[key], theirs[key]) for name, key in STATES.items()}
-    found["generators"] = differing(ours["equiloss"]["rng"], theirs["equiloss"]["rng"])
-    found["metrics.csv"] = differing(_rows(run_dir), _rows(reference))
-    return found
+    """Count the entries of two runs' last states, and of metrics.csv, that differ in any bit."""
+    state, expected = last_checkpoint(run_dir), last_checkpoint(reference)
+    counts = {name: count_differing(state[key], expected[key]) for name, key in STATES.items()}
+    counts["generators"] = count_differing(state["equiloss"]["rng"], expected["equiloss"]["rng"])
+    counts["metrics.csv"] = count_differing(_rows(run_dir), _rows(reference))
+    return counts
 
 
-RECORDS, CONTINUED = "records.jsonl", "continued.jsonl"
-STATES = {"weights": "state_dict", "optimizer": "optimizer_states", "schedule": "lr_schedulers"}
+def count_differing(a: Any, b: Any) -> int:
+    """Count the leaves of two trees of tensors and plain data that differ in any bit.
 
-
-def _options(schedule: str, workers: int) -> list[Tree]:
-    return [OPTIONS, SCHEDULES[schedule], {"data": {"num_workers": workers}}]
-
-
-def _whole(place: Path, schedule: str) -> None:
-    """On every rank: the run without an interruption."""
-    train(place, *_options(schedule, 0), callbacks=[Recorder(place / RECORDS)])
-
-
-def _killed(place: Path, point: Point) -> None:
-    """On every rank: the run up to its death."""
-    callbacks: list[Callback] = [Recorder(place / RECORDS), KILLS[point.kill](point.step)]
-    train(place, *_options(point.schedule, point.workers), callbacks=callbacks)
-
-
-def _continued(place: Path, point: Point) -> None:
-    """On every rank: the same run again."""
-    settings = _options(point.schedule, point.workers)
-    train(place, *settings, callbacks=[Recorder(place / CONTINUED)])
-
-
-def differing(a: Any, b: Any) -> int:
-    """Leaves of two trees of tensors and plain data that differ in any bit.
-
-    >>> differing({"a": [1, 2], "b": 3}, {"a": [1, 4], "c": 3})
+    >>> count_differing({"a": [1, 2], "b": 3}, {"a": [1, 4], "c": 3})
     3
     """
     if isinstance(a, dict) and isinstance(b, dict):
         keys = a.keys() | b.keys()
-        return sum(differing(a.get(key, MISSING), b.get(key, MISSING)) for key in keys)
+        return sum(count_differing(a.get(key, MISSING), b.get(key, MISSING)) for key in keys)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return sum(map(differing, a, b))
+        return sum(map(count_differing, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return int((a != b).sum()) if a.shape == b.shape else max(a.numel(), b.numel(), 1)
     return int(a != b)
@@ -195,14 +176,8 @@ def differing(a: Any, b: Any) -> int:
 MISSING = object()
 
 
-def _last(run_dir: Path) -> Tree:
-    path = run_dir / "checkpoints" / "last.ckpt"
-    saved: Tree = torch.load(path, weights_only=True)
-    return saved
-
-
 def _rows(run_dir: Path) -> list[dict[str, str]]:
-    """Every row, without what the clock decides."""
+    """Rows of metrics.csv, without the throughput, which differs with every run."""
     with (run_dir / METRICS).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:

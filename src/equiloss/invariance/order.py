@@ -1,4 +1,4 @@
-"""Which samples each step sees, and their augmented pixels, for any ranks and loader workers."""
+"""Order of the samples and their augmented pixels, for any number of ranks and loader workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 30
 
 
 def measure(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict[str, Part]:
-    """Train in every arrangement, and compare what each step was given."""
+    """Train in every arrangement, and compare each step's samples and pixels."""
     part = Part(
         "Order and pixels",
         f"{STEPS} steps, over the end of an epoch, on 1 to 3 processes (W) with 0 and 2 loader "
@@ -30,7 +30,7 @@ def measure(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> dict
 
 
 def compare(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> list[Cell]:
-    """Hold every arrangement's records against those of one process without workers."""
+    """Compare the records of every arrangement with those of one process without workers."""
     cells = []
     expected = read_records(directory / _name(1, 0) / "records.jsonl")
     assert len(expected) == STEPS
@@ -38,9 +38,9 @@ def compare(directory: Path, world_sizes: tuple[int, ...] = WORLD_SIZES) -> list
     for world_size in world_sizes:
         for workers in WORKERS:
             name = _name(world_size, workers)
-            found = read_records(directory / name / "records.jsonl")
+            records = read_records(directory / name / "records.jsonl")
             for row, key in (("samples", "ids"), ("augmented pixels", "pixels")):
-                wrong = sum(a[key] != b[key] for a, b in zip(found, expected, strict=True))
+                wrong = sum(a[key] != b[key] for a, b in zip(records, expected, strict=True))
                 cells.append(Cell(row, name, wrong, 0))
     return cells
 
@@ -52,9 +52,6 @@ def _name(world_size: int, workers: int) -> str:
 def _runs(directory: Path) -> None:
     """On every rank: the runs of one world size."""
     for workers in WORKERS:
-        place = directory / _name(collectives.world_size(), workers)
-        train(
-            place,
-            {"trainer": {"max_steps": STEPS}, "data": {"num_workers": workers}},
-            callbacks=[Recorder(place / "records.jsonl")],
-        )
+        run_dir = directory / _name(collectives.world_size(), workers)
+        options = {"trainer": {"max_steps": STEPS}, "data": {"num_workers": workers}}
+        train(run_dir, options, callbacks=[Recorder(run_dir / "records.jsonl")])

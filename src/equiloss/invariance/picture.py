@@ -1,15 +1,15 @@
-"""The proof as a picture: errors of one step, and of a hundred."""
+"""The proof's picture: errors of one step's gradient, and of a hundred steps' losses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from equiloss.invariance import gradients, steps, trajectories
-from equiloss.invariance.cells import Cell, Report
+from equiloss.invariance.cells import Report
 
 # Okabe & Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
@@ -19,12 +19,9 @@ FLOOR = 1e-17
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw what was measured of gradients and trajectories; nothing if neither was."""
-    panels = [
-        panel
-        for panel, part in ((_gradients, "gradients_float64"), (_trajectories, "trajectories"))
-        if part in report.parts
-    ]
+    """Draw the parts on gradients and trajectories that were measured; nothing without either."""
+    known = {"gradients_float64": _gradients, "trajectories": _trajectories}
+    panels = [panel for part, panel in known.items() if part in report.parts]
     if not panels:
         return
     figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
@@ -34,20 +31,17 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _gradients(axes: Axes, report: Report) -> None:
-    """A column of dots for each number of processes."""
+    """Errors of one step, a column of dots for each number of processes."""
+    exact, single = (report.parts[f"gradients_{dtype}"].cells for dtype in ("float64", "float32"))
+    controls = [replace(cell, figure=cell.control or 0.0) for cell in exact if cell.control_differs]
     series = (
-        ("float64", BLUE, -0.22, [(c, c.figure) for c in _cells(report, "float64")]),
-        ("float32", ORANGE, 0.0, [(c, c.figure) for c in _cells(report, "float32")]),
-        (
-            "usual: mean of local means",
-            VERMILION,
-            0.22,
-            [(c, c.control or 0.0) for c in _cells(report, "float64") if c.control_differs],
-        ),
+        ("float64", BLUE, -0.22, exact),
+        ("float32", ORANGE, 0.0, single),
+        ("usual: mean of local means", VERMILION, 0.22, controls),
     )
-    for label, colour, shift, points in series:
-        places = [int(cell.column[2]) + shift for cell, _ in points]
-        heights = [max(figure, FLOOR) for _, figure in points]
+    for label, colour, shift, cells in series:
+        places = [int(cell.column[2]) + shift for cell in cells]
+        heights = [max(cell.figure, FLOOR) for cell in cells]
         axes.scatter(places, heights, s=14, color=colour, alpha=0.6, label=label, linewidths=0)
     for bound, colour in zip(gradients.BOUNDS.values(), (BLUE, ORANGE), strict=True):
         axes.axhline(bound, color=colour, linewidth=1, linestyle="--")
@@ -57,7 +51,7 @@ def _gradients(axes: Axes, report: Report) -> None:
         xticks=steps.WORLD_SIZES,
         xlabel="processes",
         ylabel="gradient of one step: relative error",
-        title=f"One step in {len(_cells(report, 'float64'))} ways to split it",
+        title=f"One step in {len(exact)} ways to split it",
     )
     _mark_zero(axes)
     # Between the errors of float32 and the bound of float64 there is nothing.
@@ -72,19 +66,15 @@ def _gradients(axes: Axes, report: Report) -> None:
     )
 
 
-def _cells(report: Report, dtype: str) -> Sequence[Cell]:
-    return report.parts[f"gradients_{dtype}"].cells
-
-
 def _trajectories(axes: Axes, report: Report) -> None:
-    """The loss's divergence step by step."""
+    """Relative difference of the loss at each step, a curve for each split of the work."""
     series = report.parts["trajectories"].series
     styles = {"m=1": "-", "m=4": ":"}
-    for name, apart in series.items():
+    for name, differences in series.items():
         if not name.startswith("loss, "):
             continue
         label = name.removeprefix("loss, ")
-        heights = [max(value, FLOOR) for value in apart]
+        heights = [max(value, FLOOR) for value in differences]
         if label == trajectories.CONTROL:
             axes.plot(heights, color=VERMILION, label="W=2, usual: mean of local means")
             continue
@@ -104,7 +94,7 @@ def _trajectories(axes: Axes, report: Report) -> None:
 
 
 def _mark_zero(axes: Axes) -> None:
-    """Name the floor of a logarithmic axis what it stands for: the same bits."""
+    """Label the floor of a logarithmic axis 0, for the same bits."""
     powers = range(-16, 1, 2)
     labels = [f"$10^{{{power}}}$" for power in powers]
     axes.set_yticks([FLOOR, *(10.0**power for power in powers)], ["0", *labels])

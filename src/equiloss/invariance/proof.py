@@ -1,4 +1,4 @@
-"""All parts of the proof, one after the other, and the report."""
+"""The whole proof: every part is measured in turn, and the report written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prove(
     *,
     tell: Callable[[str], None] = print,
 ) -> Report:
-    """Measure, and write `invariance.md`, `invariance.json` and `invariance.png`.
+    """Measure the parts, and write `invariance.md`, `invariance.json` and `invariance.png`.
 
     Args:
         directory: Where the report goes.
@@ -42,14 +42,14 @@ def prove(
     """
     for name in parts:
         choose("part", name, tuple(PARTS))
-    found: dict[str, Part] = {}
+    measured: dict[str, Part] = {}
     for name, measure in PARTS.items():
         if parts and name not in parts:
             continue
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as runs:
             new = measure(Path(runs))
-        found |= new
+        measured |= new
         seconds = time.perf_counter() - began
         cells = [cell for part in new.values() for cell in part.cells]
         broken = sum(not cell.holds for cell in cells)
@@ -57,7 +57,7 @@ def prove(
         verdict = f"{broken} BEYOND THEIR BOUND" if broken else "all within their bounds"
         tell(f"{name}: {len(cells)} figures, {verdict}, largest {worst:.1e} ({seconds:.0f} s)")
     # The ranks have a thread each, whatever this process has.
-    report = Report(found, environment(torch.device("cpu")) | {"threads": 1})
+    report = Report(measured, environment(torch.device("cpu")) | {"threads": 1})
     report.write(directory)
     draw(report, directory / "invariance.png")
     return report

@@ -1,4 +1,4 @@
-"""Whole runs and Trainers inside the ranks of `equiloss.testing.run_ranks`."""
+"""Whole runs inside the ranks of `run_ranks`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config import Config
@@ -23,6 +22,7 @@ from equiloss.config.resolved import ResolvedConfig, resolve
 from equiloss.data.sources import Batch
 from equiloss.distributed import collectives, membership
 from equiloss.records.results import Result
+from equiloss.records.run_dir import LAST_CHECKPOINT
 from equiloss.run import run
 from equiloss.training.classifier import Classifier
 
@@ -54,14 +54,14 @@ DEFAULTS: Tree = {
 
 
 def config(*changes: Tree) -> ResolvedConfig:
-    """The defaults above with some changes, as a run gets them."""
+    """The resolved configuration of a run: `DEFAULTS` with changes merged into them."""
     composed = OmegaConf.merge(OmegaConf.structured(Config), DEFAULTS, *changes)
     assert isinstance(composed, DictConfig)
     return resolve(composed)
 
 
-def in_rank() -> None:
-    """Make this process what `ranks.supervise` would have made it."""
+def set_up_rank() -> None:
+    """Set environment, start method and log levels as `ranks.supervise` does for a rank."""
     rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {
         membership.CHILD: "1",
@@ -78,8 +78,8 @@ def in_rank() -> None:
 
 
 def train(directory: Path, *changes: Tree, callbacks: Sequence[Callback] = ()) -> Result:
-    """On every rank: a run with as many devices as there are ranks."""
-    in_rank()
+    """On every rank: do a run whose devices are the ranks of the process group."""
+    set_up_rank()
     world_size = dist.get_world_size()
     settings = config(*changes, {"trainer": {"devices": world_size}})
     directory.mkdir(parents=True, exist_ok=True)
@@ -88,18 +88,8 @@ def train(directory: Path, *changes: Tree, callbacks: Sequence[Callback] = ()) -
     return result
 
 
-def trainer_plugins() -> Tree:
-    """Arguments that make a Trainer take the process group that is there."""
-    if dist.get_world_size() == 1:
-        return {}
-    return {
-        "strategy": DDPStrategy(gradient_as_bucket_view=True),
-        "plugins": [LightningEnvironment()],
-    }
-
-
 class Recorder(Callback):
-    """Appends what each step is given, over all ranks, as a line of JSON.
+    """Appends each step's global batch, its samples and a digest of its pixels, as a JSON line.
 
     Args:
         path: The file; the first rank writes, line by line.
@@ -108,22 +98,24 @@ class Recorder(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: Classifier,  # type: ignore[override]
-        batch: Batch,
-        batch_idx: int,
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Classifier, batch: Batch, batch_idx: int
     ) -> None:
-        """Note the step, the samples of its global batch and a digest of their pixels."""
+        """Gather the global batch over the ranks, and append its line."""
         index, images = collectives.gather_rows(batch.index), collectives.gather_rows(batch.images)
         if trainer.is_global_zero:
             pixels = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-            line = {"step": pl_module.step_index, "ids": index.tolist(), "pixels": pixels}
+            line = {"step": pl_module.global_step, "ids": index.tolist(), "pixels": pixels}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
 def read_records(path: Path) -> list[Tree]:
-    """What a `Recorder` wrote."""
+    """The lines that a `Recorder` wrote, one for each step."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def last_checkpoint(run_dir: Path) -> Tree:
+    """The state in the newest checkpoint of a run."""
+    state: Tree = torch.load(run_dir / LAST_CHECKPOINT, weights_only=True)
+    return state

@@ -1,4 +1,4 @@
-"""What the gradients' matrix is held against: one device, and the usual mean of local means."""
+"""Gradients to compare the matrix with: one device's, and those of a mean of local means."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equiloss.data.sampler import part_of
 from equiloss.data.sources import Batch
 from equiloss.distributed import collectives
-from equiloss.invariance.steps import CLASSES, Case, Step, micro_batch_size, network, own_rows
+from equiloss.invariance.steps import CLASSES, Case, Step, micro_batch_size, network
 
 
 def _plain_loss(logits: Tensor, target: Tensor, case: Case) -> Tensor:
@@ -24,9 +25,9 @@ def _mass(target: Tensor, case: Case) -> float:
     """The denominator of PyTorch's mean."""
     if target.is_floating_point():
         return len(target)
-    kept = target[target != -100]
+    classes = target[target != -100]
     weight = torch.tensor(case.options.get("weight", [1.0] * CLASSES), dtype=torch.float64)
-    return float(weight[kept].sum())
+    return float(weight[classes].sum())
 
 
 def _gradient(loss: Tensor, model: nn.Module) -> Tensor:
@@ -35,21 +36,21 @@ def _gradient(loss: Tensor, model: nn.Module) -> Tensor:
 
 
 def reference(batch: Batch, case: Case) -> Tensor:
-    """One device, one batch, no code of ours."""
+    """The gradient [P] of PyTorch's mean over the global batch on one device: no code of ours."""
     model = network(batch.images.dtype)
     return _gradient(_plain_loss(model(batch.images), batch.target, case), model)
 
 
 def _local_parts(batch: Batch, step: Step) -> list[list[tuple[Tensor, Tensor]]]:
     """Images and targets of each micro-batch of each rank."""
-    size = micro_batch_size(len(batch.target), step)
-    found = []
-    for rank in range(collectives.world_size()):
-        rows = own_rows(len(batch.target), rank)
-        images, target = batch.images[rows], batch.target[rows]
-        parts = zip(torch.split(images, size), torch.split(target, size), strict=True)
-        found.append(list(parts))
-    return found
+    rows, world_size = len(batch.target), collectives.world_size()
+    size = micro_batch_size(rows, step.micro_batches)
+    parts = []
+    for rank in range(world_size):
+        own = part_of(rows, rank, world_size)
+        fields = (batch.images[own], batch.target[own])
+        parts.append(list(zip(*(torch.split(field, size) for field in fields), strict=True)))
+    return parts
 
 
 def local_masses(batch: Batch, case: Case, step: Step) -> list[float]:
@@ -58,7 +59,7 @@ def local_masses(batch: Batch, case: Case, step: Step) -> list[float]:
 
 
 def local_means(batch: Batch, case: Case, step: Step) -> Tensor:
-    """The control: the mean over ranks, of the mean over micro-batches, of each one's mean."""
+    """The gradient [P] of the usual loss: means of micro-batches, averaged over them and ranks."""
     model = network(batch.images.dtype)
     ranks = _local_parts(batch, step)
     total = torch.zeros((), dtype=batch.images.dtype)

@@ -1,14 +1,14 @@
-"""The steps of the gradients' matrix: options, global batch, and how it is divided."""
+"""The steps of the gradients' matrix: options of the loss, global batch, and its division."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from equiloss.data.sampler import rank_rows
+from equiloss.data.sampler import part_of
 from equiloss.data.sources import Batch
 from equiloss.distributed import collectives
 from equiloss.models.networks import ConvNet
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
 
 def cases(world_size: int) -> dict[str, Case]:
-    """What a batch may hold, by name.
+    """Kinds of batch, by name: options of the loss with targets for them.
 
     >>> list(cases(2))[:3]
     ['weights', 'label smoothing', 'ignored rows']
@@ -40,40 +40,39 @@ def cases(world_size: int) -> dict[str, Case]:
     target = torch.randint(CLASSES, (ROWS,), generator=generator)
     ignored = target.masked_fill(torch.rand(ROWS, generator=generator) < 0.4, -100)
     soft = torch.rand(ROWS, CLASSES, generator=generator, dtype=torch.float64).softmax(-1)
-    one_rank = target.clone()
-    one_rank[rank_rows(ROWS, world_size - 1, world_size)] = -100
-    everything = {"weight": WEIGHT, "label_smoothing": 0.1, "ignore_index": -100}
-    found = {
+    all_options = {"weight": WEIGHT, "label_smoothing": 0.1, "ignore_index": -100}
+    any_size = {
         "weights": Case({"weight": WEIGHT}, target),
         "label smoothing": Case({"label_smoothing": 0.1}, target),
         "ignored rows": Case({"ignore_index": -100}, ignored),
-        "weights, smoothing, ignored": Case(everything, ignored),
+        "weights, smoothing, ignored": Case(all_options, ignored),
         "soft targets": Case({}, soft),
-        "everything ignored": Case(everything, torch.full_like(target, -100)),
+        "everything ignored": Case(all_options, torch.full_like(target, -100)),
     }
-    if world_size > 1:
-        found["a rank with all ignored"] = Case(everything, one_rank)
-        found["a rank without rows"] = Case(everything, target[: world_size - 1])
-    return found
+    if world_size == 1:
+        return any_size
+    last_ignored = target.clone()
+    last_ignored[part_of(ROWS, world_size - 1, world_size)] = -100
+    return any_size | {
+        "a rank with all ignored": Case(all_options, last_ignored),
+        "a rank without rows": Case(all_options, target[: world_size - 1]),
+    }
 
 
-@dataclass(frozen=True)
-class Step:
-    """A cell to be: one optimizer step."""
+class Step(NamedTuple):
+    """One optimizer step of the matrix."""
 
     case: str
+    """Name of the kind of batch."""
     loss: str
+    """Name of the formulation."""
     micro_batches: int
+    """Micro-batches of the longest slice."""
 
 
 def steps(world_size: int) -> list[Step]:
-    """Every step of a world size."""
-    return [
-        Step(case, loss, micro_batches)
-        for case in cases(world_size)
-        for loss in LOSSES
-        for micro_batches in MICRO_BATCHES
-    ]
+    """All steps of a world size: each kind of batch, formulation and number of micro-batches."""
+    return [Step(*choice) for choice in product(cases(world_size), LOSSES, MICRO_BATCHES)]
 
 
 def network(dtype: torch.dtype) -> nn.Module:
@@ -83,22 +82,18 @@ def network(dtype: torch.dtype) -> nn.Module:
         return ConvNet(CLASSES, 1, widths=(8,)).to(dtype)
 
 
-def own_rows(rows: int, rank: int) -> slice:
-    """The rows of a global batch that belong to a rank."""
-    return rank_rows(rows, rank, collectives.world_size())
-
-
-def micro_batch_size(rows: int, step: Step) -> int:
-    """Rows per forward pass that cut the longest slice into `step.micro_batches`."""
+def micro_batch_size(rows: int, micro_batches: int) -> int:
+    """Rows per forward pass that cut a global batch's longest slice into so many micro-batches."""
     longest = -(-rows // collectives.world_size())
-    return -(-longest // step.micro_batches)
+    return -(-longest // micro_batches)
 
 
 def global_batch(step: Step, dtype: torch.dtype) -> Batch:
-    """The global batch of a step."""
+    """The global batch of a step: images [N, 1, 8, 8] from a fixed seed, and its case's targets."""
     target = cases(collectives.world_size())[step.case].target
     if target.is_floating_point():
         target = target.to(dtype)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(ROWS, 1, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
-    return Batch(images[: len(target)], target, torch.arange(len(target)), 0)
+    rows = len(target)
+    return Batch(images[:rows], target, torch.arange(rows), epoch=0, rows=rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from equiloss.distributed import membership
 from equiloss.errors import UserError
 from equiloss.launching import launch, sweep_table
 from equiloss.launching.composition_errors import explain
-from equiloss.launching.ledger import Entry
-from equiloss.launching.sweep import finish
+from equiloss.launching.ledger import ATTEMPT, SWEEP, Entry
+from equiloss.launching.sweep import current_sweep
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -29,24 +29,29 @@ def main(application: Callable[[], Any]) -> None:
 
     What a user caused is shown in one line without a traceback, unless HYDRA_FULL_ERROR=1.
     """
-    launch.failures.clear()
     membership.quieten_hydra(sys.argv)
     # Schedulers end a job with SIGTERM: it is recorded like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    full_error = os.environ.get(FULL_ERROR)
+    variables = {
+        # Hydra then raises its errors, so that they can be shown in one line.
+        FULL_ERROR: "1",
+        launch.TRACEBACKS: full_error or "0",
+        # Those of a sweep whose job gives this command are none of its own.
+        SWEEP: None,
+        ATTEMPT: None,
+    }
     try:
-        with _errors_are_raised():
+        with _environment(variables):
             application()
+            sweep = current_sweep()
     except KeyboardInterrupt:
         sys.exit(130)
     except (HydraException, OmegaConfBaseException, UserError) as error:
-        if os.environ.get(FULL_ERROR) == "1":
+        if full_error == "1":
             raise
         sys.exit(f"error: {explain(error)}")
-    finally:
-        ended = finish()
-    if ended is not None:
-        sys.exit(_close(*ended))
-    sys.exit(1 if launch.failures else 0)
+    sys.exit(0 if sweep is None else _close(*sweep))
 
 
 def _close(sweep_dir: Path, entries: dict[int, Entry]) -> int:
@@ -69,27 +74,27 @@ def _report_on(sweep_dir: Path) -> None:
     from equiloss.report.page import write_report
 
     try:
-        verdict = write_report([sweep_dir]).verdict
+        print(write_report([sweep_dir]).verdict)
     except Exception as error:
         print(f"warning: no report: {explain(error)}", file=sys.stderr)
         return
-    print(f"verdict: {verdict.word}")
-    for line in verdict.lines:
-        print(f"- {line}")
     print(f"report: {sweep_dir / 'report' / 'report.md'}")
 
 
 @contextmanager
-def _errors_are_raised() -> Iterator[None]:
-    """Make Hydra raise its errors, so that they can be shown in one line."""
-    before = {name: os.environ.get(name) for name in (FULL_ERROR, launch.TRACEBACKS)}
-    os.environ[launch.TRACEBACKS] = before[FULL_ERROR] or "0"
-    os.environ[FULL_ERROR] = "1"
+def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Have variables of the environment set, or unset, while the context lasts."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -1,6 +1,6 @@
-"""What a person sees of a run at its end: its metrics, the verdict on parity, where everything is.
+"""Prints the final metrics of a run, its verdict on parity, and its directory.
 
-Without Lightning, which takes seconds to import: a process that supervises ranks shows results too.
+Without Lightning, which takes seconds to import: a process that supervises ranks prints them too.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def verdict(parity: dict[str, Any]) -> str:
     """
     if not parity.get("steps"):
         return "parity: not checked"
-    formulations = {name: found for name, found in parity.items() if isinstance(found, dict)}
+    formulations = {name: worst for name, worst in parity.items() if isinstance(worst, dict)}
     if parity["agree"]:
-        worst = max(found["ratio"] for found in formulations.values())
+        largest = max(worst["ratio"] for worst in formulations.values())
         outside = {n: f["out_of_domain"] for n, f in formulations.items() if f["out_of_domain"]}
         beyond = "".join(f"; {rows} rows out of the domain of {n}" for n, rows in outside.items())
         return (
             f"parity: {', '.join(formulations)} match at {parity['steps']} steps "
-            f"(largest error {worst:.2g} of its bound{beyond})"
+            f"(largest error {largest:.2g} of its bound{beyond})"
         )
-    wrong = [name for name, found in formulations.items() if not found["agree"]]
+    wrong = [name for name, worst in formulations.items() if not worst["agree"]]
     return f"parity: DIFFERS: {', '.join(wrong) or 'mass or all-reduced loss'}"

@@ -16,8 +16,9 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -26,89 +27,74 @@ from omegaconf import DictConfig
 from equiloss.config.resolved import ResolvedConfig, resolve
 from equiloss.distributed import membership
 from equiloss.errors import UserError
-from equiloss.launching import ranks, slots, sweep_table
-from equiloss.launching.claim import claim
+from equiloss.imports import import_target
+from equiloss.launching import console, ranks, slots, sweep_table
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.ledger import ATTEMPT, Ledger
+from equiloss.launching.resume import claim
 from equiloss.launching.sweep import direction
-from equiloss.records.run_dir import LAST_CHECKPOINT, TRACEBACK
+from equiloss.records.results import Result
+from equiloss.records.run_dir import LAST_CHECKPOINT, RESULTS, TRACEBACK
 
-if TYPE_CHECKING:
-    from equiloss.records.results import Result
-
-failures: list[str] = []
-"""What ended jobs of this process, in one line each."""
 # What the user wants of HYDRA_FULL_ERROR, which is set for Hydra: in other processes too.
 TRACEBACKS = "EQUILOSS_TRACEBACK"
+INTERRUPTED = "interrupted by the user"
 
 
-def launch(composed: DictConfig) -> float:
+def launch(composed: DictConfig, run: str) -> float:
     """Do one job of Hydra's: run it, record how it ended, and return its objective.
+
+    A failed job of a sweep does not end the sweep; a failed single run ends the process.
 
     Args:
         composed: The job's composed configuration.
+        run: package.module:function of a run, which is imported where it runs.
 
     Returns:
         The metric that `objective` names. For a failed job the worst possible value, since an
         exception or NaN would end a sweeper's whole study.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    job = _Job(str(composed.get("objective")))
+    job = _Job(str(composed.get("objective")), run)
     try:
         resolved = resolve(composed)
-        group = membership.found()
-        if group is None:
-            objective = _do(resolved, run_dir, job)
-        else:
-            membership.join(group, resolved.config.trainer)
-            objective = _do_with_others(resolved, run_dir, job)
+        membership.join(resolved.config.trainer)
+        return _do(resolved, run_dir, job)
     except KeyboardInterrupt:
         job.note("interrupted")
         raise
     except Exception as error:  # whatever ends a job must not end the sweep
-        _report(error)
+        job.report(error)
         job.note("failed", error=explain(error))
-        if membership.found() is not None:
+        if membership.external() is not None:
             membership.leave(1)
+        if not job.in_sweep:
+            sys.exit(1)
         # The value that no sweeper takes for a success.
         return -math.inf if job.direction == "maximize" else math.inf
-    return objective
 
 
 def _do(resolved: ResolvedConfig, run_dir: Path, job: _Job) -> float:
-    """Do a job, or find it done; returns its objective."""
-    with claim(run_dir, resolved) as todo:
-        if not todo:
-            print(f"completed already: {run_dir}", flush=True)
-        job.note("running")
-        if todo:
-            _attempt(resolved, run_dir)
-    return _told(resolved, run_dir, job, skipped=not todo)
-
-
-def _do_with_others(resolved: ResolvedConfig, run_dir: Path, job: _Job) -> float:
-    """The same on each of several ranks; the first one owns the directory."""
-    membership.check_same(resolved.hash)
-    run_dir = Path(membership.agreed(str(run_dir)))
+    """Do a job, or find it done; of several ranks the first owns the directory."""
+    membership.check_same_config(resolved.hash)
+    run_dir = Path(membership.from_first_rank(str(run_dir)))
+    objective = math.nan
     if membership.is_first():
         with claim(run_dir, resolved) as todo:
-            membership.agreed(todo)
+            membership.from_first_rank(todo)
+            if not todo:
+                print(f"completed already: {run_dir}", flush=True)
             job.note("running")
             if todo:
-                _attempt(resolved, run_dir)
-        objective = _told(resolved, run_dir, job, skipped=not todo)
-    else:
-        if membership.agreed(None):
-            _attempt(resolved, run_dir)
-        objective = math.nan
-    return float(membership.agreed(objective))
+                _attempt(resolved, run_dir, job.run)
+        objective = _close(resolved, run_dir, job, skipped=not todo)
+    elif membership.from_first_rank(None):
+        _attempt(resolved, run_dir, job.run)
+    return float(membership.from_first_rank(objective))
 
 
-def _told(resolved: ResolvedConfig, run_dir: Path, job: _Job, *, skipped: bool) -> float:
-    """Show how a completed job went; returns its objective."""
-    from equiloss.launching import console
-    from equiloss.records.results import Result
-
+def _close(resolved: ResolvedConfig, run_dir: Path, job: _Job, *, skipped: bool) -> float:
+    """Print and note the result of a completed job; returns its objective."""
     result = Result.read(run_dir)
     if not (skipped and job.in_sweep):
         console.show(result, run_dir)
@@ -120,7 +106,8 @@ def _told(resolved: ResolvedConfig, run_dir: Path, job: _Job, *, skipped: bool) 
 class _Job:
     """This job's part in a sweep; of a single run nothing is noted."""
 
-    def __init__(self, objective: str) -> None:
+    def __init__(self, objective: str, run: str) -> None:
+        self.run = run
         hydra = HydraConfig.get()
         self.direction = direction(hydra.sweeper, objective)
         self.began = time.monotonic()
@@ -139,17 +126,25 @@ class _Job:
             if status != "running":
                 print(sweep_table.line(self.sweep_dir, os.environ.get(ATTEMPT, "")), flush=True)
 
+    def report(self, error: Exception) -> None:
+        """Print what ended this job."""
+        line = f"job {self.number}: {explain(error)}" if self.in_sweep else explain(error)
+        if os.environ.get(TRACEBACKS) == "1":
+            print(_trace(error), file=sys.stderr)
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(f"error: {line}{notes}", file=sys.stderr, flush=True)
 
-def _attempt(resolved: ResolvedConfig, run_dir: Path) -> None:
+
+def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     """Run, and record how it ended where it did not complete."""
-    from equiloss.records.run_dir import RESULTS
-
+    before = _version(run_dir / RESULTS)
     try:
-        _run(resolved, run_dir)
+        _run(resolved, run_dir, run)
     except KeyboardInterrupt:
-        if membership.found() is not None and (run_dir / RESULTS).exists():
+        result = _result_so_far(resolved, run_dir, before)
+        if membership.external() is not None and result.status == "failed":
             raise  # a rank has failed and said why, and its launcher ends the others
-        _record(resolved, run_dir, "interrupted", "interrupted by the user")
+        _record(resolved, run_dir, replace(result, status="interrupted", error=INTERRUPTED))
         if (run_dir / LAST_CHECKPOINT).exists():
             print(
                 f"interrupted: the same command with hydra.run.dir={run_dir} goes on from the "
@@ -158,7 +153,8 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path) -> None:
             )
         raise
     except Exception as error:
-        _record(resolved, run_dir, "failed", explain(error))
+        result = _result_so_far(resolved, run_dir, before)
+        _record(resolved, run_dir, replace(result, status="failed", error=explain(error)))
         trace = run_dir / TRACEBACK
         trace.write_text(_trace(error), encoding="utf-8")
         if not isinstance(error, UserError):
@@ -166,32 +162,49 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path) -> None:
         raise
 
 
-def _run(resolved: ResolvedConfig, run_dir: Path) -> None:
+def _version(file: Path) -> tuple[int, int] | None:
+    """What tells one version of a file from the next; None where there is none."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_mtime_ns, stat.st_ino
+
+
+def _result_so_far(
+    resolved: ResolvedConfig, run_dir: Path, before: tuple[int, int] | None
+) -> Result:
+    """What the run itself wrote in this attempt as it broke off, or a result without figures."""
+    if _version(run_dir / RESULTS) not in (None, before):
+        return Result.read(run_dir)
+    options = dict(resolved.config.loss)
+    return Result("running", resolved.hash, {"name": options.pop("name"), "options": options})
+
+
+def _run(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     """Run in this process, or supervise ranks; the result is in the directory either way."""
     config, hydra = resolved.config, HydraConfig.get()
-    world_size = membership.world_size(config.trainer)
+    world_size = membership.ranks_asked_for(config.trainer)
     attempt = Ledger(Path(hydra.sweep.dir)).attempt(os.environ.get(ATTEMPT, ""))
     parallel = slots.parallel_jobs(hydra, attempt.jobs if attempt else 0)
     # Beside other jobs one rank is supervised too: its death ends no worker of the launcher.
-    if membership.found() is None and (world_size > 1 or parallel > 1):
+    if membership.external() is None and (world_size > 1 or parallel > 1):
         if config.data.download:
             # Once, before several ranks would fetch the same files into the same place.
             from equiloss.data import datasets
 
             datasets.load(config.data)
         with slots.share(Path(hydra.sweep.dir).absolute(), config.trainer, parallel) as variables:
-            ranks.supervise(run_dir, world_size, config.trainer.cpu_threads, variables)
+            ranks.supervise(run_dir, run, world_size, config.trainer.cpu_threads, variables)
         return
 
     import torch
-
-    from equiloss.run import run
 
     threads = torch.get_num_threads()
     try:
         if resolved.config.trainer.cpu_threads is not None:
             torch.set_num_threads(resolved.config.trainer.cpu_threads)
-        run(resolved, run_dir)
+        import_target(run, "run", UserError)(resolved, run_dir)
     except SystemExit as stopped:
         # Lightning turns Ctrl-C into an exit, and ignores further ones from then on.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -211,32 +224,14 @@ def _objective(resolved: ResolvedConfig, result: Result) -> float:
     return value
 
 
-def _record(resolved: ResolvedConfig, run_dir: Path, status: str, error: str) -> None:
-    from equiloss.records.results import Result
-
-    loss = dict(resolved.config.loss)
-    Result(
-        status=status,
-        config_hash=resolved.hash,
-        loss={"name": loss.pop("name"), "options": loss},
-        error=error,
-    ).write(run_dir)
+def _record(resolved: ResolvedConfig, run_dir: Path, result: Result) -> None:
+    """Write the result of a run that did not complete, and tell MLflow where it could not."""
+    result.write(run_dir)
     if resolved.config.logger.mlflow.enabled:
+        # Imported here: it takes Lightning along, and a process that supervises does without.
         from equiloss.records import trackers
 
-        trackers.end_killed(resolved.config.logger, run_dir, status)
-
-
-def _report(error: Exception) -> None:
-    """Remember a failure and show it."""
-    hydra = HydraConfig.get()
-    job = f"job {hydra.job.num}: " if hydra.mode == RunMode.MULTIRUN else ""
-    line = job + explain(error)
-    failures.append(line)
-    if os.environ.get(TRACEBACKS) == "1":
-        print(_trace(error), file=sys.stderr)
-    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    print(f"error: {line}{where}", file=sys.stderr, flush=True)
+        trackers.end_killed(resolved.config.logger, run_dir, result.status)
 
 
 def _trace(error: Exception) -> str:

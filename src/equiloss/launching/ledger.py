@@ -13,12 +13,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from equiloss.records.run_dir import LEDGER
 
-# Inherited by every process that the launcher starts: which attempt at the sweep a job belongs to.
+# Inherited by every process that the launcher starts: the sweep, and which attempt at it.
+SWEEP = "EQUILOSS_SWEEP"
 ATTEMPT = "EQUILOSS_SWEEP_ATTEMPT"
+
+
+_Line = TypeVar("_Line", "Attempt", "Entry")
 
 
 @dataclass(frozen=True)
@@ -80,25 +84,20 @@ class Ledger:
 
     def attempt(self, attempt: str | None = None) -> Attempt | None:
         """An attempt at the sweep, the newest one by default; None if there is none."""
-        found = [
-            line
-            for line in self._lines(Attempt)
-            if isinstance(line, Attempt) and attempt in (None, line.attempt)
-        ]
-        return found[-1] if found else None
+        attempts = [line for line in self._lines(Attempt) if attempt in (None, line.attempt)]
+        return attempts[-1] if attempts else None
 
     def newest(self, attempt: str) -> dict[int, Entry]:
         """The newest line of each job of one attempt at the sweep."""
-        entries = [line for line in self._lines(Entry) if isinstance(line, Entry)]
-        found = {entry.job: entry for entry in entries if entry.attempt == attempt}
-        return dict(sorted(found.items()))
+        jobs = {entry.job: entry for entry in self._lines(Entry) if entry.attempt == attempt}
+        return dict(sorted(jobs.items()))
 
     def _append(self, line: Attempt | Entry) -> None:
         # One write of one line to a file that is open for appending: lines do not mix.
         with self.path.open("ab", buffering=0) as file:
             file.write(json.dumps(asdict(line)).encode() + b"\n")
 
-    def _lines(self, kind: type[Attempt | Entry]) -> Iterator[Attempt | Entry]:
+    def _lines(self, kind: type[_Line]) -> Iterator[_Line]:
         if not self.path.is_file():
             return
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():

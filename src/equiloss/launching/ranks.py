@@ -24,6 +24,9 @@ from pathlib import Path
 
 from equiloss.distributed import membership
 from equiloss.errors import UserError
+from equiloss.imports import import_target
+from equiloss.launching.slots import cores
+from equiloss.records.run_dir import CONFIG, RANKS, rank_error, rank_log
 
 POLL_SECONDS = 0.05
 # Time for the other ranks to say what they saw, once one has failed.
@@ -47,6 +50,7 @@ class RankError(UserError):
 
 def supervise(
     run_dir: Path,
+    run: str,
     world_size: int,
     threads: int | None,
     variables: Mapping[str, str] | None = None,
@@ -55,6 +59,7 @@ def supervise(
 
     Args:
         run_dir: Holds `config.yaml`; the ranks' own output goes to `ranks/` in it.
+        run: package.module:function that each of them calls.
         world_size: Ranks to start.
         threads: CPU threads of each rank; None divides the cores among them.
         variables: Further variables of the ranks' environment.
@@ -63,22 +68,20 @@ def supervise(
         RankError: if a rank fails; the others are ended, and the message is the failed rank's.
         KeyboardInterrupt: if the user interrupts, after the ranks have ended.
     """
-    logs = run_dir / "ranks"
-    logs.mkdir(exist_ok=True)
-    for stale in logs.iterdir():  # of an attempt that this one continues, on other ranks maybe
-        stale.unlink()
-    port = _free_port()
-    ranks = [
-        _start(run_dir, rank, world_size, port, threads, variables or {})
-        for rank in range(world_size)
-    ]
+    (run_dir / RANKS).mkdir(exist_ok=True)
+    if not (run_dir / RANKS).is_symlink():
+        # Of an attempt that this one continues, on other ranks maybe.
+        for stale in (run_dir / RANKS).glob("rank*.*"):
+            stale.unlink()
+    environment = _environment(world_size, threads) | dict(variables or {})
+    ranks = [_start(run_dir, run, rank, environment) for rank in range(world_size)]
     try:
         while any(rank.running for rank in ranks):
             if any(rank.failed for rank in ranks):
                 _wait(ranks, GRACE_SECONDS)
                 break
             time.sleep(POLL_SECONDS)
-        cause = _cause(ranks, logs)
+        cause = _cause(ranks, run_dir)
     except KeyboardInterrupt:
         # Ranks are in sessions of their own, so that each gets the signal exactly once: from
         # here, whether a terminal, a scheduler or a person sent it to this process.
@@ -117,46 +120,35 @@ class _Rank:
             self.process.stdin.close()
 
 
-def _start(
-    run_dir: Path,
-    number: int,
-    world_size: int,
-    port: int,
-    threads: int | None,
-    variables: Mapping[str, str],
-) -> _Rank:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    environment = {
+def _environment(world_size: int, threads: int | None) -> dict[str, str]:
+    """What all ranks of a group have in common."""
+    return {
         **os.environ,
-        **variables,
         membership.CHILD: "1",
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
         "NODE_RANK": "0",
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(_free_port()),
         # Two pools of threads on the same cores make each many times slower.
-        "OMP_NUM_THREADS": str(threads or max((cores or 1) // world_size, 1)),
+        "OMP_NUM_THREADS": str(threads or max(len(cores()) // world_size, 1)),
         # What this process can import, the ranks can: a loss of the user's own, say.
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    command = [sys.executable, "-m", "equiloss.launching.ranks", str(run_dir)]
-    if number == 0:
-        # The first rank talks to the user.
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, start_new_session=True
-        )
-    else:
-        with _log_path(run_dir / "ranks", number).open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+
+
+def _start(run_dir: Path, run: str, number: int, environment: Mapping[str, str]) -> _Rank:
+    # The first rank talks to the user.
+    output = None if number == 0 else rank_log(run_dir, number).open("wb")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "equiloss.launching.ranks", str(run_dir), run],
+        env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)},
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
+    if output is not None:
+        output.close()
     return _Rank(number, process)
 
 
@@ -166,7 +158,7 @@ def _wait(ranks: list[_Rank], seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _cause(ranks: list[_Rank], logs: Path) -> RankError | None:
+def _cause(ranks: list[_Rank], run_dir: Path) -> RankError | None:
     """What failed first, in the failed rank's own words; None if nothing did."""
     failed = [rank for rank in ranks if rank.failed]
     if not failed:
@@ -178,7 +170,7 @@ def _cause(ranks: list[_Rank], logs: Path) -> RankError | None:
             return RankError(f"rank {rank.number} was killed by {signal.Signals(-code).name}")
     words = []
     for rank in failed:
-        file = _error_path(logs, rank.number)
+        file = rank_error(run_dir, rank.number)
         if file.is_file():
             words.append(json.loads(file.read_text(encoding="utf-8")) | {"rank": rank.number})
     if words:
@@ -186,18 +178,10 @@ def _cause(ranks: list[_Rank], logs: Path) -> RankError | None:
         where = "" if first["everywhere"] else f"rank {first['rank']}: "
         return RankError(where + first["message"], first["trace"])
     rank = failed[0]
-    log = _log_path(logs, rank.number)
+    log = rank_log(run_dir, rank.number)
     tail = log.read_text(errors="replace").strip().splitlines()[-3:] if log.is_file() else []
     code = rank.process.returncode
     return RankError("; ".join([f"rank {rank.number} exited with code {code}", *tail]))
-
-
-def _error_path(logs: Path, rank: int) -> Path:
-    return logs / f"rank{rank}.error.json"
-
-
-def _log_path(logs: Path, rank: int) -> Path:
-    return logs / f"rank{rank}.log"
 
 
 def _free_port() -> int:
@@ -222,7 +206,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _main(run_dir: Path) -> int:
+def _main(run_dir: Path, run: str) -> int:
     """Run one rank; returns the exit code."""
     number = int(os.environ["LOCAL_RANK"])
     _end_with_parent()
@@ -232,15 +216,14 @@ def _main(run_dir: Path) -> int:
         from omegaconf import DictConfig, OmegaConf
 
         from equiloss.config.resolved import resolve
-        from equiloss.run import run
 
         logging.basicConfig(
             level=logging.INFO if number == 0 else logging.WARNING,
             format="[%(levelname)s] %(name)s: %(message)s",
         )
-        stored = OmegaConf.load(run_dir / "config.yaml")
+        stored = OmegaConf.load(run_dir / CONFIG)
         assert isinstance(stored, DictConfig)
-        run(resolve(stored), run_dir)
+        import_target(run, "run", UserError)(resolve(stored), run_dir)
     except (KeyboardInterrupt, SystemExit):
         return INTERRUPTED
     except Exception as error:  # the supervisor reports it, whatever it is
@@ -252,13 +235,13 @@ def _main(run_dir: Path) -> int:
             "everywhere": own_words,
             "trace": traceback.format_exc(),
         }
-        _error_path(run_dir / "ranks", number).write_text(json.dumps(word), encoding="utf-8")
+        rank_error(run_dir, number).write_text(json.dumps(word), encoding="utf-8")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    code = _main(Path(sys.argv[1]))
+    code = _main(Path(sys.argv[1]), sys.argv[2])
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a process group whose other ranks are gone may wait for them while it closes.

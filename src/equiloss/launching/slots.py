@@ -78,7 +78,7 @@ def share(directory: Path, config: TrainerConfig, parallel: int) -> Iterator[dic
     if parallel == 1:
         yield {}
         return
-    devices = membership.world_size(config)
+    devices = membership.ranks_asked_for(config)
     everywhere = cores()
     each = (config.cpu_threads or 0) * devices or max(len(everywhere) // parallel, devices)
     gpus = _gpus() if config.accelerator != "cpu" else []

@@ -1,7 +1,7 @@
 """A sweep as a whole: its directory, who works on it, and how many jobs it has.
 
 A sweep directory is named by its overrides; the same command finds it again, leaves completed
-runs alone, continues interrupted ones and retries failed ones (see `equiloss.launching.claim`).
+runs alone, continues interrupted ones and retries failed ones (see `equiloss.launching.resume`).
 How the jobs are doing is in its ledger (see `equiloss.launching.ledger`).
 """
 
@@ -21,8 +21,8 @@ from omegaconf import DictConfig
 
 from equiloss.distributed import membership
 from equiloss.errors import UserError
-from equiloss.launching.claim import hold
-from equiloss.launching.ledger import ATTEMPT, Entry, Ledger
+from equiloss.launching.ledger import ATTEMPT, SWEEP, Entry, Ledger
+from equiloss.launching.lock import hold
 
 
 def direction(sweeper: Any, objective: str) -> str:
@@ -53,6 +53,13 @@ def number_of_jobs(config: DictConfig) -> int:
 class SweepCallback(Callback):
     """Holds the sweep's directory while Hydra works on it."""
 
+    def __init__(self) -> None:
+        self._held = ExitStack()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Launchers send it to their workers; the hold stays here.
+        return SweepCallback, ()
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Claim the directory, and tell the jobs which attempt they belong to."""
         if not membership.is_first():
@@ -60,18 +67,17 @@ class SweepCallback(Callback):
         directory = Path(config.hydra.sweep.dir).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            _held.enter_context(hold(directory, wait=config.in_use == "wait"))
+            self._held.enter_context(hold(directory, wait=config.in_use == "wait"))
         except UserError as error:
             # Hydra turns an exception of a callback into a warning, and goes on.
             sys.exit(f"error: {error}")
-        os.environ[ATTEMPT] = uuid.uuid4().hex
+        os.environ |= {SWEEP: str(directory), ATTEMPT: uuid.uuid4().hex}
         Ledger(directory).begin(
             os.environ[ATTEMPT],
             jobs=number_of_jobs(config),
             objective=config.objective,
             direction=direction(config.hydra.sweeper, config.objective),
         )
-        _current.append(directory)
         sampler = config.hydra.sweeper.get("sampler")
         if sampler is not None and "seed" in sampler and sampler.seed is None:
             print(
@@ -81,23 +87,13 @@ class SweepCallback(Callback):
             )
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Nothing: `finish` closes a sweep, however it ended."""
+        """Let go of the directory; after a failure it is let go as the process ends."""
+        self._held.close()
 
 
-_held = ExitStack()
-_current: list[Path] = []
-
-
-def finish() -> tuple[Path, dict[int, Entry]] | None:
-    """Let go of the sweep that this process worked on; its directory and how its jobs ended.
-
-    Returns:
-        None if there was no sweep.
-    """
-    if not _current:
+def current_sweep() -> tuple[Path, dict[int, Entry]] | None:
+    """Directory and jobs of the sweep that this process works on; None if there is none."""
+    if SWEEP not in os.environ:
         return None
-    directory = _current.pop()
-    entries = Ledger(directory).newest(os.environ.get(ATTEMPT, ""))
-    _held.close()
-    os.environ.pop(ATTEMPT, None)
-    return directory, entries
+    directory = Path(os.environ[SWEEP])
+    return directory, Ledger(directory).newest(os.environ[ATTEMPT])

@@ -38,21 +38,21 @@ def table(sweep_dir: Path) -> tuple[Table, str]:
         )
     entries = ledger.newest(begun.attempt)
     best = _best(begun, entries)
-    shown = Table("job", title=sweep_dir.resolve().name)
-    shown.add_column("run", overflow="fold")  # a name that is cut short names nothing
+    jobs = Table("job", title=sweep_dir.resolve().name)
+    jobs.add_column("run", overflow="fold")  # a name that is cut short names nothing
     for head in ("status", begun.objective, "time"):
-        shown.add_column(head)
+        jobs.add_column(head)
     for job, entry in entries.items():
         value = "" if entry.objective is None else f"{entry.objective:.6g}"
         seconds = time.time() - entry.time if entry.status == "running" else entry.seconds
-        shown.add_row(
+        jobs.add_row(
             str(job),
             entry.directory,
             "completed earlier" if entry.skipped else entry.status,
             f"{value} (best)" if entry == best else value,
             "" if entry.skipped or seconds is None else _duration(seconds),
         )
-    return shown, _line(sweep_dir, begun, entries)
+    return jobs, _line(sweep_dir, begun, entries)
 
 
 def _line(sweep_dir: Path, begun: Attempt, entries: dict[int, Entry]) -> str:
@@ -79,11 +79,9 @@ def _line(sweep_dir: Path, begun: Attempt, entries: dict[int, Entry]) -> str:
 
 
 def _best(begun: Attempt, entries: dict[int, Entry]) -> Entry | None:
-    found = [entry for entry in entries.values() if entry.objective is not None]
-    if not found:
-        return None
+    measured = [entry for entry in entries.values() if entry.objective is not None]
     sign = -1 if begun.direction == "maximize" else 1
-    return min(found, key=lambda entry: sign * (entry.objective or 0.0))
+    return min(measured, key=lambda entry: sign * (entry.objective or 0.0), default=None)
 
 
 def _duration(seconds: float) -> str:

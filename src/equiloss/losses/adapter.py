@@ -168,8 +168,8 @@ def _takes_probabilities(per_sample: Callable[..., Any]) -> bool:
     logits, target = _batch()
     one_hot = torch.nn.functional.one_hot(target, logits.shape[1]).to(logits.dtype)
     try:
-        found = per_sample(logits, one_hot)
+        losses = per_sample(logits, one_hot)
     except Exception:  # whatever a loss does about targets that it does not take
         return False
     expected = per_sample(logits, target)
-    return found.shape == expected.shape and bool(torch.allclose(found, expected, rtol=1e-9))
+    return losses.shape == expected.shape and bool(torch.allclose(losses, expected, rtol=1e-9))

@@ -73,12 +73,11 @@ class LossConfigSource(ConfigSource):
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Names below the path, without importing a loss."""
-        found: list[str] = []
         if config_path == "" and results_filter in (None, ObjectType.GROUP):
-            found = ["loss"]
+            return ["loss"]
         if config_path == "loss" and results_filter in (None, ObjectType.CONFIG):
-            found = _choices()
-        return found
+            return _choices()
+        return []
 
     @staticmethod
     def _loss_name(config_path: str) -> str | None:
@@ -103,8 +102,9 @@ class LossSearchPath(SearchPathPlugin):
             for name in _choices():
                 file = Path(url.path) / "loss" / f"{name}.yaml"
                 if file.is_file():
+                    source = "equiloss" if name == CUSTOM else registry.provider(name).source
                     raise LossError(
-                        f"{file} would hide the loss {name!r} of {_source(name)}: give the file "
+                        f"{file} would hide the loss {name!r} of {source}: give the file "
                         f"a name of its own, with `defaults: [{name}, _self_]` inside"
                     )
         search_path.append(provider="equiloss", path=f"{SCHEME}://")
@@ -112,10 +112,6 @@ class LossSearchPath(SearchPathPlugin):
 
 def _choices() -> list[str]:
     return list(dict.fromkeys([*registry.names(), CUSTOM]))
-
-
-def _source(name: str) -> str:
-    return "equiloss" if name == CUSTOM else registry.provider(name).source
 
 
 def _node(name: str) -> Any:

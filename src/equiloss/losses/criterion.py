@@ -20,9 +20,9 @@ from equiloss.imports import import_target
 from equiloss.losses import registry
 from equiloss.losses.adapter import adapted
 from equiloss.losses.options import check_counts, check_options, class_weights
-from equiloss.losses.projection import Projection
-from equiloss.losses.signature import HEAD_BIAS, LossFunction, read
-from equiloss.losses.targets import validate_targets
+from equiloss.losses.projection import Logits, Outputs
+from equiloss.losses.signature import HEAD_BIAS, HEAD_WEIGHT, LossFunction, read
+from equiloss.losses.validation import validate_targets
 
 
 class LossSum(NamedTuple):
@@ -117,7 +117,7 @@ class Criterion(nn.Module):
         }
         return {key: values[key] for key in self.signature.options if key in values}
 
-    def forward(self, logits: Tensor | Projection, target: Tensor) -> LossSum:
+    def forward(self, logits: Tensor | Outputs, target: Tensor) -> LossSum:
         """Sum of the losses of a batch, and its mass.
 
         Args:
@@ -131,10 +131,11 @@ class Criterion(nn.Module):
         losses = self.per_sample(logits, target)  # [N]
         return LossSum(losses.sum(), self.mass(target, losses.dtype))
 
-    def per_sample(self, logits: Tensor | Projection, target: Tensor) -> Tensor:
+    def per_sample(self, logits: Tensor | Outputs, target: Tensor) -> Tensor:
         """Loss of each row [N], in nats; ignored rows are exactly 0, in value and gradient."""
-        self._check_batch(logits, target)
-        rows = logits.features if isinstance(logits, Projection) else logits  # [N, D] or [N, C]
+        outputs = logits if isinstance(logits, Outputs) else Logits(logits)
+        self._check_batch(outputs, target)
+        rows = outputs.rows  # [N, C], or [N, D] where the loss takes features
         # Autocast would take log and softmax to bfloat16 on a CPU and to float32 on CUDA.
         with torch.autocast(rows.device.type, enabled=False):
             dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -149,12 +150,9 @@ class Criterion(nn.Module):
                 ignored = (target == self.ignore_index).unsqueeze(-1)
                 # Equal logits are harmless in every loss; NaN · 0 would not be.
                 rows = rows.masked_fill(ignored, 0)
-            leading = [rows]
-            if isinstance(logits, Projection):
-                leading.append(logits.weight.to(dtype))
-                if logits.bias is not None:
-                    keywords[HEAD_BIAS] = logits.bias.to(dtype)
-            losses: Tensor = self.loss(*leading, target, **keywords)
+            head = {name: part.to(dtype) for name, part in outputs.head().items()}
+            weight = [head.pop(HEAD_WEIGHT)] if HEAD_WEIGHT in head else []
+            losses: Tensor = self.loss(rows, *weight, target, **head, **keywords)
         self._check_result(losses, rows)
         return losses
 
@@ -201,11 +199,19 @@ class Criterion(nn.Module):
         option = self.signature.options.get(key)
         return None if option is None else option.default
 
-    def _check_batch(self, logits: Tensor | Projection, target: Tensor) -> None:
-        if isinstance(logits, Projection) != self.signature.wants_features:
-            wants = "features and a head" if self.signature.wants_features else "logits"
-            raise LossError(f"loss {self.name!r} takes {wants}, and was given the other")
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else self._projected(logits)
+    def _check_batch(self, outputs: Outputs, target: Tensor) -> None:
+        wants = "features" if self.signature.wants_features else "logits"
+        if outputs.name != wants:
+            more = " and a head" if self.signature.wants_features else ""
+            raise LossError(f"loss {self.name!r} takes {wants}{more}, and was given the other")
+        head = outputs.head()
+        if HEAD_BIAS in head and not self.signature.takes_head_bias:
+            raise LossError(
+                f"loss {self.name!r} takes no {HEAD_BIAS}, and the network's head has a bias"
+            )
+        shape = tuple(outputs.rows.shape)
+        if HEAD_WEIGHT in head:
+            shape = (*shape[:-1], head[HEAD_WEIGHT].shape[0])
         if len(shape) != 2 or target.shape not in (shape[:1], shape):
             raise LossError(
                 "logits must be [N, C] and targets [N] or [N, C]; got "
@@ -222,14 +228,6 @@ class Criterion(nn.Module):
             # Elsewhere a look at the values would wait for the device, and the data module has
             # checked them on the host.
             validate_targets(target, classes, self.ignore_index)
-
-    def _projected(self, projection: Projection) -> tuple[int, ...]:
-        """Shape of the logits that a projection stands for."""
-        if projection.bias is not None and not self.signature.takes_head_bias:
-            raise LossError(
-                f"loss {self.name!r} takes no {HEAD_BIAS}, and the network's head has a bias"
-            )
-        return (*projection.features.shape[:-1], projection.weight.shape[0])
 
     def _check_result(self, losses: Any, rows: Tensor) -> None:
         if not isinstance(losses, Tensor) or losses.shape != rows.shape[:1]:

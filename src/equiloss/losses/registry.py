@@ -7,11 +7,11 @@ overwritten: where two sides claim one name, choosing it is an error that names 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from equiloss.errors import LossError, unknown
 from equiloss.imports import import_target
@@ -87,6 +87,21 @@ def get(name: str) -> LossFunction:
 def signature(name: str) -> Signature:
     """Capabilities and options of the loss registered under `name`; raises as `get` does."""
     return read(name, get(name))
+
+
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A loss as a configuration stores it, completed with the defaults that its options have today.
+
+    It is left as it is where no such loss is registered, or it cannot be imported.
+
+    >>> with_defaults({"name": "focal"})
+    {'gamma': 2.0, 'weight': None, 'ignore_index': -100, 'name': 'focal'}
+    """
+    try:
+        known = signature(str(options["name"])).options
+    except LossError:
+        return dict(options)
+    return {key: option.default for key, option in known.items()} | dict(options)
 
 
 def provider(name: str) -> Provider:

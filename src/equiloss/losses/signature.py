@@ -21,8 +21,8 @@ from omegaconf import MISSING
 from equiloss.errors import LossError
 
 # How a loss begins, and whether it wants the head's input instead of the logits.
-LEADING = {("logits", "target"): False, ("features", "head_weight", "target"): True}
-HEAD_BIAS = "head_bias"
+HEAD_WEIGHT, HEAD_BIAS = "head_weight", "head_bias"
+LEADING = {("logits", "target"): False, ("features", HEAD_WEIGHT, "target"): True}
 RESERVED = ("weight", "ignore_index", "label_smoothing", "class_counts")
 
 LossFunction = Callable[..., Any]

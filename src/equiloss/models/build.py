@@ -1,15 +1,13 @@
 """Networks by name: images [N, C, H, W] -> logits [N, K].
 
-The networks written here use group and layer normalisation, so that no row's logits depend on
-the rows beside it: a step is then the same however its batch is split. Anything of torchvision
-goes by its own name, anything else through `model=custom`.
-
-A network that exposes `forward_features` and `head` lets a loss ask for the head's input.
+Those of `equiloss.models.networks`, anything of torchvision by its own name, and anything else
+through `model=custom`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,46 +20,45 @@ from equiloss.models.dropout import RowKeys, key_dropout
 from equiloss.models.networks import MLP, ConvNet
 
 
-def build(
+def build_network(
     config: ModelConfig,
     *,
     num_classes: int,
     image_shape: tuple[int, int, int],
-    rows: RowKeys,
+    row_keys: RowKeys,
 ) -> nn.Module:
-    """Build the configured network and check that its head fits the data's classes.
+    """Build the configured network.
 
     Args:
         config: Name and options.
         num_classes: K.
         image_shape: (C, H, W) of one image.
-        rows: What its dropout layers are told of the rows under way.
+        row_keys: Keys from which its dropout layers draw their masks.
 
     Raises:
         ModelError: for an unknown name (with the near miss), options that the network does not
-            take, images that it cannot process, or logits of another shape than [N, K].
+            take, or what is no network.
     """
     channels, height, width = image_shape
     options = dict(config.options)
-    make: Callable[[], nn.Module]
+    make: Callable[..., Any] = partial(_torchvision, config.name)
+    sizes: tuple[int, ...] = (num_classes, channels)
     if config.name == "convnet":
-        make = lambda: ConvNet(num_classes, channels, **options)  # noqa: E731
+        make = ConvNet
     elif config.name == "mlp":
-        make = lambda: MLP(num_classes, channels * height * width, **options)  # noqa: E731
+        make, sizes = MLP, (num_classes, channels * height * width)
     elif config.name == "custom":
         function = import_target(str(config.target), "model.target", ModelError)
-        make = lambda: function(num_classes=num_classes, in_channels=channels, **options)  # noqa: E731
-    else:
-        make = lambda: _torchvision(config.name, num_classes, channels, options)  # noqa: E731
+        make, sizes = partial(function, num_classes=num_classes, in_channels=channels), ()
     try:
-        model = make()
+        model = make(*sizes, **options)
     except UserError:
         raise
     except (TypeError, ValueError) as error:
         raise ModelError(f"model {config.name!r} with options {options}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {config.name!r} is a {type(model).__name__}, not an nn.Module")
-    key_dropout(model, rows)
+    key_dropout(model, row_keys)
     return model
 
 
@@ -129,9 +126,7 @@ def _features(model: nn.Module, images: Tensor) -> Tensor:
     return features
 
 
-def _torchvision(
-    name: str, num_classes: int, channels: int, options: dict[str, object]
-) -> nn.Module:
+def _torchvision(name: str, num_classes: int, channels: int, **options: Any) -> nn.Module:
     # Imported here: torchvision is slow to import, and the small networks do without it.
     from torchvision import models
 

@@ -17,7 +17,7 @@ from equiloss.randomness import Stream, keyed_bits, more_uniform
 
 
 class RowKeys:
-    """What the dropout layers of a network must know of the rows in its forward pass.
+    """Keys of the rows in a forward pass, from which dropout layers draw their masks.
 
     Args:
         seed: The run's seed.
@@ -29,8 +29,8 @@ class RowKeys:
         """Hashed key of each row [n] int64, while a training step is under way."""
 
     @contextmanager
-    def of(self, index: Tensor, epoch: int) -> Iterator[None]:
-        """Announce a forward (and backward) pass on these samples: positions in the split [n]."""
+    def bound_to(self, index: Tensor, epoch: int) -> Iterator[None]:
+        """Key a forward (and backward) pass by its samples: positions in the split [n]."""
         self.keys = keyed_bits(self.seed, epoch, index, 1, stream=Stream.DROPOUT).squeeze(1)
         try:
             yield
@@ -46,30 +46,30 @@ class KeyedDropout(nn.Dropout):
 
     Args:
         p: Probability that a value is dropped.
-        rows: The rows under way.
+        row_keys: Keys of the rows in the forward pass.
         layer: Number of the layer, which its masks depend on.
 
     Raises:
         RuntimeError: (in a training step) for an input whose first axis is not the rows'.
 
     >>> import torch
-    >>> rows = RowKeys(seed=0)
-    >>> layer, images = KeyedDropout(0.5, rows, layer=0), torch.ones(4, 8)
-    >>> with rows.of(torch.tensor([7, 1, 5, 3]), epoch=0):
+    >>> keys = RowKeys(seed=0)
+    >>> layer, images = KeyedDropout(0.5, keys, layer=0), torch.ones(4, 8)
+    >>> with keys.bound_to(torch.tensor([7, 1, 5, 3]), epoch=0):
     ...     together = layer(images)
-    >>> with rows.of(torch.tensor([5]), epoch=0):
+    >>> with keys.bound_to(torch.tensor([5]), epoch=0):
     ...     torch.equal(layer(images[:1]), together[2:3])
     True
     """
 
-    def __init__(self, p: float, rows: RowKeys, layer: int) -> None:
+    def __init__(self, p: float, row_keys: RowKeys, layer: int) -> None:
         super().__init__(p)
-        self.rows = rows
+        self.row_keys = row_keys
         self.layer = layer
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
         """Drop in training: any shape whose first axis is the rows', [n, …] -> [n, …]."""
-        keys = self.rows.keys
+        keys = self.row_keys.keys
         if not self.training or self.p == 0 or keys is None:
             return super().forward(input)
         if input.shape[:1] != keys.shape:
@@ -82,7 +82,7 @@ class KeyedDropout(nn.Dropout):
         return input * kept * (1 / (1 - self.p) if self.p < 1 else 0.0)
 
 
-def key_dropout(model: nn.Module, rows: RowKeys) -> None:
+def key_dropout(model: nn.Module, row_keys: RowKeys) -> None:
     """Replace every `torch.nn.Dropout` of a network by a `KeyedDropout`."""
     places = [
         (module, name, child)
@@ -91,4 +91,4 @@ def key_dropout(model: nn.Module, rows: RowKeys) -> None:
         if type(child) is nn.Dropout
     ]
     for layer, (module, name, child) in enumerate(places):
-        setattr(module, name, KeyedDropout(child.p, rows, layer))
+        setattr(module, name, KeyedDropout(child.p, row_keys, layer))

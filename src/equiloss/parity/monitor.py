@@ -15,7 +15,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -23,10 +23,11 @@ from torch import Tensor
 
 from equiloss.config import ParityConfig
 from equiloss.distributed import collectives
-from equiloss.errors import PARITY_STOP, LossError, ParityError
+from equiloss.errors import LossError, ParityError
 from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
-from equiloss.losses.projection import Projection
+from equiloss.losses.projection import Outputs
+from equiloss.losses.signature import HEAD_WEIGHT
 from equiloss.parity import oracle
 from equiloss.parity.agreement import Agreement, Rows, compare
 from equiloss.training.step import StepOutcome
@@ -35,6 +36,17 @@ if TYPE_CHECKING:
     from equiloss.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
+
+
+class Seen(NamedTuple):
+    """What a step was given and made, before the optimizer changed a parameter."""
+
+    outputs: Outputs
+    """The network's outputs for this rank's rows."""
+    target: Tensor
+    """This rank's targets [n] or [n, K]."""
+    criterion: Criterion
+    """The loss that trains."""
 
 
 class ParityMonitor(Callback):
@@ -75,70 +87,58 @@ class ParityMonitor(Callback):
         self.global_error = 0.0
         self.sums_agree = True
         self.steps = 0
-        self._criterion = criterion
+        self._seen: Seen | None = None
 
-    def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: Classifier,  # type: ignore[override]
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Keep the loss as this step sees it: the optimizer may change parameters of its own."""
-        self._criterion = pl_module.criterion
-        due = self._is_due(pl_module.step_index)
-        pl_module.step.keep_head = due
-        if due and any(True for _ in self._criterion.parameters()):
-            self._criterion = copy.deepcopy(self._criterion)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:  # type: ignore[override]
+        """Keep what this step saw: the optimizer may change the head, or the loss itself."""
+        accumulated = pl_module.step.accumulated
+        self._seen = None
+        if accumulated is not None and self._is_due(pl_module.global_step):
+            criterion = pl_module.criterion
+            if any(True for _ in criterion.parameters()):
+                criterion = copy.deepcopy(criterion)
+            self._seen = Seen(accumulated.outputs.snapshot(), accumulated.target, criterion)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Classifier,  # type: ignore[override]
-        outputs: Mapping[str, StepOutcome],  # type: ignore[override]
-        batch: Any,
-        batch_idx: int,
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Classifier, outputs: Mapping[str, StepOutcome], *_: Any
     ) -> None:
-        """Check this step's logits, if it is a parity step."""
-        step = pl_module.step_index - 1
-        if self._is_due(step):
-            scalars = self.check(outputs["outcome"], self._criterion, step, trainer.global_rank)
+        """Check this step, if it is a parity step."""
+        if self._seen is not None:
+            step = pl_module.global_step - 1
+            scalars = self.check(self._seen, outputs["outcome"], step, trainer.global_rank)
+            self._seen = None
             pl_module.record(scalars, step)
 
     def _is_due(self, step: int) -> bool:
         return step % self.config.every_n_steps == 0 or step == self.total_steps - 1
 
-    def check(
-        self, outcome: StepOutcome, criterion: Criterion, step: int, rank: int
-    ) -> dict[str, float]:
+    def check(self, seen: Seen, outcome: StepOutcome, step: int, rank: int) -> dict[str, float]:
         """Compare one step's logits; every rank must call it. Returns the logged scalars."""
-        outputs, target = outcome.outputs, outcome.target
-        assert outputs is not None  # kept for this step
         # A loss that takes features spares the logits in every other step.
-        logits = outputs.logits() if isinstance(outputs, Projection) else outputs
+        logits = seen.outputs.logits()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         generator = torch.Generator().manual_seed((self.seed << 40) + (step << 16) + rank)
         unit_normal = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
-        batch = self._with_oracle(logits, target)
-        probe = self._with_oracle(unit_normal.to(logits.device), target)
+        batch = self._with_oracle(logits, seen.target)
+        probe = self._with_oracle(unit_normal.to(logits.device), seen.target)
 
         scalars: dict[str, float] = {}
         disagreeing = []
         for name, formulation in self.formulations.items():
-            found = compare(formulation, batch, probe)
-            self.worst[name].add(found)
+            agreement = compare(formulation, batch, probe)
+            self.worst[name].add(agreement)
             scalars |= {
-                f"parity/{name}/loss_error": found.loss_error,
-                f"parity/{name}/grad_error": found.grad_error,
-                f"parity/{name}/ratio": found.ratio,
-                f"parity/{name}/nonfinite": float(found.nonfinite),
+                f"parity/{name}/loss_error": agreement.loss_error,
+                f"parity/{name}/grad_error": agreement.grad_error,
+                f"parity/{name}/ratio": agreement.ratio,
+                f"parity/{name}/nonfinite": float(agreement.nonfinite),
             }
-            if not found.agree:
-                disagreeing.append(f"{name} (error {found.ratio:.3g} times its bound)")
+            if not agreement.agree:
+                disagreeing.append(f"{name} (error {agreement.ratio:.3g} times its bound)")
         scalars["parity/max_ratio"] = max(scalars[f"parity/{n}/ratio"] for n in self.formulations)
 
         mass_error, mass_agrees = self._mass_error(outcome, batch)
-        global_error, global_agrees = self._global_error(outcome, criterion)
+        global_error, global_agrees = _global_error(outcome, seen)
         scalars["parity/global_error"] = global_error
         self.mass_error = max(self.mass_error, mass_error)
         self.global_error = max(self.global_error, global_error)
@@ -149,7 +149,11 @@ class ParityMonitor(Callback):
             disagreeing.append(f"the all-reduced loss (off by {global_error:.3g} nats)")
         self.steps += 1
         if disagreeing:
-            self._report(step, disagreeing)
+            message = f"parity, step {step}: {', '.join(disagreeing)} differ from the oracle"
+            if self.config.policy == "raise":
+                raise ParityError(message)
+            if self.config.policy == "warn":
+                log.warning(message)
         return scalars
 
     def summary(self) -> dict[str, Any]:
@@ -206,39 +210,34 @@ class ParityMonitor(Callback):
         # Each rank's sum of weights rounds once per row.
         return error, error <= count * torch.finfo(logits.dtype).eps * summed[0]
 
-    @staticmethod
-    def _global_error(outcome: StepOutcome, criterion: Criterion) -> tuple[float, bool]:
-        """The loss that trained against the loss of the gathered global batch on one rank."""
-        outputs = outcome.outputs
-        assert outputs is not None
-        everything: Tensor | Projection
-        if isinstance(outputs, Projection):
-            everything = outputs._replace(features=collectives.gather_rows(outputs.features))
-        else:
-            everything = collectives.gather_rows(outputs)  # [N, K]
-        all_target = collectives.gather_rows(outcome.target)
-        with torch.no_grad():
-            losses = criterion.per_sample(everything, all_target)  # [N]
-        mass = criterion.mass(all_target, losses.dtype)
-        error = abs(outcome.loss - reduction.mean(losses.sum(), mass).item())
-        # Any two orders of summation differ by at most N · eps · sum of |terms|.
-        scale = reduction.mean(losses.abs().sum(), mass).item()
-        eps = torch.finfo(losses.dtype).eps
-        bound = len(losses) * eps * scale
-        if isinstance(everything, Projection) and len(losses):
-            # The logits were made anew, from other numbers of rows: each product of a row and a
-            # class rounds D times (Higham, "Accuracy and stability", 2002, section 3.1), and a
-            # row's loss moves by twice the largest of them at most.
-            longest = everything.features.norm(dim=1).max() * everything.weight.norm(dim=1).max()
-            bound += 2 * everything.weight.shape[1] * eps * longest.item()
-        return error, error <= bound
 
-    def _report(self, step: int, disagreeing: list[str]) -> None:
-        message = f"{PARITY_STOP} {step}: {', '.join(disagreeing)} differ from the oracle"
-        if self.config.policy == "raise":
-            raise ParityError(message)
-        if self.config.policy == "warn":
-            log.warning(message)
+def _global_error(outcome: StepOutcome, seen: Seen) -> tuple[float, bool]:
+    """The loss that trained against the loss of the gathered global batch on one rank."""
+    outputs, criterion = seen.outputs, seen.criterion
+    everything = outputs.with_rows(collectives.gather_rows(outputs.rows))  # [N, K] or [N, D]
+    target = collectives.gather_rows(seen.target)
+    with torch.no_grad():
+        losses = criterion.per_sample(everything, target)  # [N]
+    mass = criterion.mass(target, losses.dtype)
+    error = abs(outcome.loss - reduction.mean(losses.sum(), mass).item())
+    # Any two orders of summation differ by at most N · eps · sum of |terms|.
+    scale = reduction.mean(losses.abs().sum(), mass).item()
+    bound = len(losses) * torch.finfo(losses.dtype).eps * scale
+    return error, error <= bound + _recomputation(everything)
+
+
+def _recomputation(outputs: Outputs) -> float:
+    """How far a row's loss may move, in nats, because its logits were made among other rows.
+
+    Each product of a row and a class rounds D times (Higham, "Accuracy and stability", 2002,
+    section 3.1), and a row's loss moves by twice the largest of them at most.
+    """
+    weight = outputs.head().get(HEAD_WEIGHT)
+    if weight is None or not len(outputs.rows):
+        return 0.0
+    longest = outputs.rows.norm(dim=1).max() * weight.norm(dim=1).max()
+    eps = torch.finfo(torch.promote_types(outputs.rows.dtype, torch.float32)).eps
+    return float(2 * weight.shape[1] * eps * longest.item())
 
 
 def _with_options_of(

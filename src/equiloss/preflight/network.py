@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from equiloss.config import Config
-from equiloss.errors import ModelError
+from equiloss.errors import ConfigError, ModelError, first_line
 from equiloss.models.dropout import KeyedDropout
 
 log = logging.getLogger(__name__)
+
+
+def check(
+    config: Config, model: nn.Module, num_classes: int, image_shape: tuple[int, int, int]
+) -> None:
+    """Refuse a network that does not fit the data, or whose bits would depend on the devices.
+
+    Raises:
+        ModelError: as `check_head` does.
+        ConfigError: for batch statistics with trainer.reduction=bitwise.
+    """
+    check_head(config.model.name, model, num_classes, image_shape)
+    if has_batch_statistics(model) and config.trainer.reduction == "bitwise":
+        raise ConfigError(
+            f"trainer.reduction=bitwise: model {config.model.name!r} normalises over the batch, "
+            "and a shard would have statistics of its own; use group or layer normalisation"
+        )
 
 
 def check_head(
@@ -38,7 +54,7 @@ def check_head(
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         size = "x".join(map(str, image_shape))
         raise ModelError(
-            f"model {name!r} cannot process {size} images: {_first_line(error)} "
+            f"model {name!r} cannot process {size} images: {first_line(error)} "
             "(data.image_size=… resizes them)"
         ) from error
     finally:
@@ -49,10 +65,6 @@ def check_head(
             f"model {name!r} gives {got} logits per image where the data has {num_classes} "
             "classes: its head must give one logit per class"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
@@ -74,28 +86,27 @@ def _draws_by_batch(module: nn.Module) -> bool:
     return type(module).__name__ == "StochasticDepth"
 
 
-def warn_of_batch_statistics(config: Config, trainer: Trainer) -> None:
-    """Say where results of a network with batch normalisation depend on how the work is split."""
-    if trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
-        log.warning(
-            "model %r normalises over the batch: each rank uses the statistics of its own slice "
-            "(SyncBatchNorm exists for GPUs only), so results depend on trainer.devices",
-            config.model.name,
-        )
-    if config.trainer.micro_batch_size is not None:
-        log.warning(
-            "model %r normalises over the batch: trainer.micro_batch_size changes its statistics, "
-            "and with them the result",
-            config.model.name,
-        )
-
-
-def warn_of_draws(config: Config, trainer: Trainer, layers: Sequence[str]) -> None:
-    """Say where results depend on how the work is split because layers draw by batch."""
-    if layers and (trainer.world_size > 1 or config.trainer.micro_batch_size is not None):
+def warn(config: Config, trainer: Trainer, model: nn.Module) -> None:
+    """Say where results depend on how the work is split."""
+    name, micro_batches = config.model.name, config.trainer.micro_batch_size is not None
+    if has_batch_statistics(model):
+        if trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+            log.warning(
+                "model %r normalises over the batch: each rank uses the statistics of its own "
+                "slice (SyncBatchNorm exists for GPUs only), so results depend on trainer.devices",
+                name,
+            )
+        if micro_batches:
+            log.warning(
+                "model %r normalises over the batch: trainer.micro_batch_size changes its "
+                "statistics, and with them the result",
+                name,
+            )
+    layers = draws_by_batch(model)
+    if layers and (trainer.world_size > 1 or micro_batches):
         log.warning(
             "model %r draws random numbers by batch (%s): results depend on trainer.devices and "
             "trainer.micro_batch_size (torch.nn.Dropout draws by sample here, and does not)",
-            config.model.name,
+            name,
             ", ".join(layers),
         )

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its directory, results, metrics, event files and trackers."""
+"""A run's records: its directory, results, metrics, event files and trackers."""

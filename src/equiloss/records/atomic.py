@@ -1,4 +1,4 @@
-"""Text files that are whole or not there."""
+"""Atomic writes of text files."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml has them."""
+        """Do nothing: config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -77,7 +77,7 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def sync(self) -> None:
-        """Have every row on disk, as a checkpoint that counts them is about to be."""
+        """Force every row to disk, as a checkpoint that counts them is about to be."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())

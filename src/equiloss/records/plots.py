@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+
+# Names and counts of more classes would lie on each other.
+MOST_CLASSES = 20
 
 
-def draw_confusion(confusion: Tensor, class_names: Sequence[str]) -> Figure:
-    """Confusion matrix [K, K] with rows of true classes, coloured by share of the row."""
-    classes = len(class_names)
-    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    side = min(3 + 0.4 * classes, 14)
+def draw_confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
+    """Confusion matrix in a figure of its own: counts by (true class, predicted class) [K][K]."""
+    side = min(3 + 0.4 * len(class_names), 14)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(share.numpy(), cmap="cividis", vmin=0, vmax=1)
+    confusion(axes, counts, class_names)
     axes.set(xlabel="predicted class", ylabel="true class")
-    if classes <= 30:
-        axes.set_xticks(range(classes), class_names, rotation=90)
-        axes.set_yticks(range(classes), class_names)
-    if classes <= 20:
-        for row in range(classes):
-            for column in range(classes):
-                count = int(confusion[row, column])
-                if count:
-                    # The colour map is dark below one half.
-                    colour = "white" if share[row, column] < 0.5 else "black"
-                    axes.text(column, row, str(count), ha="center", va="center", color=colour)
     return figure
+
+
+def confusion(axes: Axes, counts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
+    """Draw counts by (true class, predicted class) [K][K]; the colour is the share of the row."""
+    share = [[value / max(sum(row), 1) for value in row] for row in counts]
+    axes.imshow(share, cmap="cividis", vmin=0, vmax=1)
+    classes = range(len(names))
+    if len(names) > MOST_CLASSES:
+        return
+    axes.set_xticks(classes, names, rotation=90, fontsize=8)
+    axes.set_yticks(classes, names, fontsize=8)
+    digits = max(len(str(value)) for row in counts for value in row)
+    # A matrix is about 2.4 inches wide, and a digit two thirds as wide as it is high.
+    size = min(8.0, 2.4 * 72 / len(names) / (0.67 * digits))
+    for row, column in itertools.product(classes, classes):
+        if counts[row][column]:
+            # The colour map is dark below one half.
+            colour = "white" if share[row][column] < 0.5 else "black"
+            text = str(counts[row][column])
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)

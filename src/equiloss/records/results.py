@@ -1,4 +1,4 @@
-"""What a run leaves behind in numbers: `metrics.csv` and `results.json`.
+"""A run's numbers on disk: `metrics.csv`, `results.json` and `evaluation.json`.
 
 metrics.csv holds every logged value as repr(float64), which reads back to the same bits: it is
 the source of all curves and comparisons. (TensorBoard's scalars are float32.)
@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -81,14 +81,14 @@ class Result:
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, device, cpu, threads, git commit."""
     error: str | None = None
-    """Why it failed."""
+    """Message of the error that ended the run."""
 
     def write(self, directory: Path) -> None:
         """Replace the directory's results.json; values that are not finite become null."""
         data = asdict(self)
         if self.error is None:
             del data["error"]
-        text = json.dumps(_json_ready(data), indent=2, allow_nan=False)
+        text = json.dumps(json_ready(data), indent=2, allow_nan=False)
         write_atomically(directory / RESULTS, text + "\n")
 
     @classmethod
@@ -100,7 +100,7 @@ class Result:
 def write_evaluations(
     directory: Path, evaluated: Mapping[str, Mapping[str, Any]], class_names: Sequence[str]
 ) -> None:
-    """Replace the directory's evaluation.json: what the metrics of each split were made from.
+    """Replace the directory's evaluation.json: the counts behind the metrics of each split.
 
     Per split: `confusion`, rows by (true class, predicted class) [K][K], null for more than 100
     classes; and `calibration`, with for each of 15 equal bins of confidence the number of `rows`,
@@ -111,7 +111,7 @@ def write_evaluations(
 
 
 def environment(device: torch.device, shards: int | None = None) -> dict[str, Any]:
-    """What the numbers of a run may depend on, beside its configuration."""
+    """Versions, hardware, threads and commit, which a run's numbers may depend on."""
     # Imported here: who reads results does without it, and starts seconds earlier.
     import torch
 
@@ -143,18 +143,16 @@ def _git_commit() -> str | None:
     """Commit of the working directory, with `-dirty` where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        described = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() if found.returncode == os.EX_OK else None
+    return described.stdout.strip() if described.returncode == os.EX_OK else None
 
 
-def _json_ready(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
+def json_ready(value: Any, not_finite: Callable[[float], str | None] = lambda _: None) -> Any:
+    """Replace infinities and NaN, which JSON does not have: by null, or by some text."""
     if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
+        return {key: json_ready(item, not_finite) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return [json_ready(item, not_finite) for item in value]
+    return not_finite(value) if isinstance(value, float) and not math.isfinite(value) else value

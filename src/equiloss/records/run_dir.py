@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -18,6 +19,7 @@ BEST = "best.ckpt"
 INDEX = "index.json"
 LAST_CHECKPOINT = f"{CHECKPOINTS}/{LAST}"
 RANKS = "ranks"
+# Of a sweep directory.
 LEDGER = "ledger.jsonl"
 MULTIRUN = "multirun.yaml"
 
@@ -32,7 +34,40 @@ def rank_error(run_dir: Path, rank: int) -> Path:
     return run_dir / RANKS / f"rank{rank}.error.json"
 
 
+def written(run_dir: Path) -> Iterator[Path]:
+    """Files that a run has left in its directory, beside its configuration.
+
+    A folder that is a symbolic link is not looked into: what it leads to may be anyone's.
+    """
+    names = (METRICS, RESULTS, EVALUATION, TRACEBACK, TRACKERS)
+    yield from (run_dir / name for name in names if (run_dir / name).is_file())
+    yield from run_dir.glob(EVENTS)
+    for folder, patterns in ((CHECKPOINTS, (LAST, BEST, INDEX)), (RANKS, ("rank*.*",))):
+        if not (run_dir / folder).is_symlink():
+            for pattern in patterns:
+                yield from (run_dir / folder).glob(pattern)
+
+
+def clear(run_dir: Path, *, continued: bool) -> None:
+    """Remove what an earlier attempt left, once the new one has passed its preflight.
+
+    Only in a directory that holds a configuration: a claim has then seen that it is ours.
+
+    Args:
+        run_dir: The run's directory.
+        continued: Whether the run goes on from a checkpoint: only what the earlier attempt ended
+            with is then no longer true.
+    """
+    if not (run_dir / CONFIG).is_file():
+        return
+    for file in list(written(run_dir)):
+        begins_anew = not continued and file.name != TRACKERS and file.parent.name != RANKS
+        if begins_anew or file.name in (RESULTS, TRACEBACK):
+            file.unlink()
+
+
 def sweep_of(run_dir: Path) -> Path | None:
-    """Directory of the sweep that a run belongs to; None for a single run."""
+    """The nearest directory above a run's that was swept into; None for a single run."""
     above = run_dir.absolute().parents
-    return next((directory for directory in above if (directory / LEDGER).is_file()), None)
+    marks = (LEDGER, MULTIRUN)
+    return next((place for place in above if any((place / m).is_file() for m in marks)), None)

@@ -1,11 +1,11 @@
-"""What TensorBoard shows of a run beside its scalars: hparams, chart layout, config, figures."""
+"""TensorBoard's event files of a run, with hparams, chart layout and config beside the scalars."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -13,8 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-if TYPE_CHECKING:
-    pass
+from equiloss.errors import ConfigError
 
 # The same keys for every loss, so that the HPARAMS tab keeps its columns in a sweep over losses.
 HPARAMS = (
@@ -36,7 +35,6 @@ HPARAMS = (
 # The tab shows five columns until it is told to show more.
 FIRST = ("loss.name", "loss.options", "optimizer.lr", "seed", "trainer.devices")
 NULLABLE = ("loss.label_smoothing", "loss.weight", "trainer.micro_batch_size")
-WORST = 16
 
 
 class RunTensorBoard(TensorBoardLogger):
@@ -71,8 +69,17 @@ class RunTensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def describe_run(self) -> None:
-        """Write hparams, chart layout and config; the metrics' values come with the scalars."""
-        writer = self.experiment
+        """Write hparams, chart layout and config; the metrics' values come with the scalars.
+
+        Raises:
+            ConfigError: if the event file cannot be made.
+        """
+        try:
+            writer = self.experiment
+        except OSError as error:
+            raise ConfigError(
+                f"logger=tensorboard cannot write to {Path(self.root_dir)}: {error.strerror}"
+            ) from error
         values = hparam_values(self._config)
         # The tab shows its first columns: what a sweep is judged by.
         metrics = sorted(self._metrics, key=lambda name: not name.startswith(("test/", "val/")))
@@ -123,11 +130,9 @@ def hparam_values(config: Mapping[str, Any]) -> dict[str, bool | str | float]:
         # A column needs one type: what may be null, or a list, is text in every run.
         numeric = isinstance(value, (int, float)) and key not in NULLABLE
         values[key] = value if numeric or isinstance(value, str) else json.dumps(value)
-    loss = dict(config["loss"])
-    for key in ("name", "label_smoothing", "weight", "ignore_index"):
-        loss.pop(key, None)
-    values["loss.options"] = json.dumps(loss)
-    return values
+    common = ("name", "label_smoothing", "weight", "ignore_index")
+    own = {key: value for key, value in config["loss"].items() if key not in common}
+    return values | {"loss.options": json.dumps(own)}
 
 
 def chart_layout(formulations: Sequence[str]) -> dict[str, dict[str, list[Any]]]:

@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow follow a run, through Lightning's own loggers.
+"""Trackers: Weights & Biases and MLflow follow a run, through Lightning's own loggers.
 
 Only the first rank has them. The names by which they know the run are kept in `trackers.json` of
 the run directory: a run that continues here continues there.
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
-# How a run of ours ended, as exit code and as MLflow says it.
+# A run's status as an exit code, and as MLflow names it.
 EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
-ENDED = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+MLFLOW_STATUS = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 @contextmanager
@@ -62,15 +62,14 @@ def tracked(
     opened: dict[str, WandbRun | MlflowRun] = {}
     status = "failed"
     try:
-        if config.wandb.enabled:
-            with _installed("wandb"):
-                opened["wandb"] = WandbRun(resolved, run_dir, known.get("wandb"))
-        if config.mlflow.enabled:
-            with _installed("mlflow"):
-                opened["mlflow"] = MlflowRun(resolved, run_dir, known.get("mlflow"))
-        if opened:
-            ids = {name: tracker.version for name, tracker in opened.items()}
-            write_atomically(run_dir / TRACKERS, json.dumps(known | ids) + "\n")
+        for name in ("wandb", "mlflow"):
+            if getattr(config, name).enabled:
+                opened[name] = _open(name, resolved, run_dir, known.get(name))
+        ids = known | {name: tracker.version for name, tracker in opened.items()}
+        if ids:
+            write_atomically(run_dir / TRACKERS, json.dumps(ids) + "\n")
+        else:
+            (run_dir / TRACKERS).unlink(missing_ok=True)  # of an attempt that left nothing else
         trainer.loggers = [*trainer.loggers, *opened.values()]
         yield final
         status = "completed"
@@ -168,17 +167,17 @@ class MlflowRun(MLFlowLogger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Nothing: the test after a fit goes on in the same run."""
+        """Do nothing: the test after a fit goes on in the same run."""
 
     def close(self, status: str, final: Mapping[str, float]) -> None:
-        """Log the final metrics, and say how the run ended."""
+        """Log the final metrics, and set the run's final status."""
         evaluated = {n: v for n, v in final.items() if n.startswith(("val/", "test/"))}
         self.log_metrics({f"final/{name}": value for name, value in evaluated.items()})
-        self.experiment.set_terminated(self.run_id, ENDED[status])
+        self.experiment.set_terminated(self.run_id, MLFLOW_STATUS[status])
 
 
 def end_killed(config: LoggerConfig, run_dir: Path, status: str) -> None:
-    """Say in MLflow how a run ended that could not say so itself.
+    """Set the final status in MLflow of a run that was killed and could not set it itself.
 
     Weights & Biases needs no such word: its server misses the run's heartbeat.
 
@@ -197,11 +196,11 @@ def end_killed(config: LoggerConfig, run_dir: Path, status: str) -> None:
     with suppress(MlflowException):  # nor may it hide what ended the run
         client = MlflowClient(_tracking_uri(config, run_dir))
         if client.get_run(run_id).info.status == "RUNNING":
-            client.set_terminated(run_id, ENDED[status])
+            client.set_terminated(run_id, MLFLOW_STATUS[status])
 
 
 def _known(run_dir: Path) -> dict[str, str]:
-    """The trackers' names of a run, as an earlier attempt left them."""
+    """Read the trackers' ids of a run, as an earlier attempt left them in `trackers.json`."""
     file = run_dir / TRACKERS
     known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return known
@@ -212,29 +211,31 @@ def _name(resolved: ResolvedConfig) -> str:
 
 
 def _computed(resolved: ResolvedConfig) -> dict[str, Any]:
-    """The configuration without what only a person sees."""
+    """The configuration's keys that a run is computed from: no presentation, no loggers."""
     hidden = PRESENTATION | {"logger"}
     return {key: value for key, value in resolved.plain.items() if key not in hidden}
 
 
-@contextmanager
-def _installed(package: str) -> Iterator[None]:
+def _open(
+    name: str, resolved: ResolvedConfig, run_dir: Path, run_id: str | None
+) -> WandbRun | MlflowRun:
+    tracker = WandbRun if name == "wandb" else MlflowRun
     try:
-        yield
+        return tracker(resolved, run_dir, run_id)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"logger={package} needs {error.name}, which is not installed: pip install {package}"
+            f"logger={name} needs {error.name}, which is not installed: pip install {name}"
         ) from error
 
 
 def _first_line(error: Exception) -> str:
-    """What went wrong, without the password that an address may hold."""
+    """First line of an error's message, without the password that an address may hold."""
     return re.sub(r"://[^/@\s]*@", "://", str(error).strip().partition("\n")[0])
 
 
 def _tracking_uri(config: LoggerConfig, run_dir: Path) -> str:
-    given = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"{SQLITE}{sweep_of(run_dir) or run_dir.absolute()}/mlflow.db"
+    uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return uri or f"{SQLITE}{sweep_of(run_dir) or run_dir.absolute()}/mlflow.db"
 
 
 @contextmanager
@@ -257,9 +258,9 @@ def _make_experiment(client: MlflowClient, name: str, uri: str) -> None:
 
     # MLflow's own default is the current directory.
     database = Path(uri.removeprefix(SQLITE)).absolute()
-    place = (database.parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
+    artifacts = (database.parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
     try:
-        client.create_experiment(name, artifact_location=place)
+        client.create_experiment(name, artifact_location=artifacts)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -1,4 +1,4 @@
-"""Everything that runs have in common, and in what they differ."""
+"""Comparison of runs: groups, pairs, differing keys and the verdict."""
 
 from __future__ import annotations
 
@@ -6,91 +6,84 @@ from dataclasses import dataclass
 from typing import Any
 
 from equiloss.config.resolved import PRESENTATION, leaves
-from equiloss.report.groups import Group, Kinship, differing
+from equiloss.report.groups import Group, RunMatcher, differing
 from equiloss.report.pairs import Pair, find_pairs
-from equiloss.report.runs import Found, Run
-from equiloss.report.sweeps import opaque, unasked
+from equiloss.report.runs import RunSet
+from equiloss.report.sweeps import opaque_groups, unswept
 from equiloss.report.verdict import Lockstep, Verdict, judge, largest_ratios, listed
 
-SHOWN = ("test/acc", "test/balanced_acc", "test/nll", "test/loss", "test/ece", "val/nll")
+FINAL_METRICS = ("test/acc", "test/balanced_acc", "test/nll", "test/loss", "test/ece", "val/nll")
 TIMING = ("train_s", "samples_per_s")
 
 
 @dataclass
 class Comparison:
-    """Everything that the report says."""
+    """Everything that the report says; report.json has the fields in this order."""
 
-    found: Found
-    groups: list[Group]
-    pairs: list[Pair]
-    seeds: list[float]
-    """Relative differences of the final test/loss between seeds of one group."""
+    verdict: Verdict
     ratios: dict[str, float]
     """Largest error over its bound, of each formulation; infinite where one was not finite."""
+    groups: list[Group]
+    pairs: list[Pair]
+    between_seeds: list[float]
+    """Relative differences of the final test/loss between seeds of one group."""
     differing: dict[str, list[Any]]
     """Keys of the configuration that are not the same in all runs, with their values."""
     unasked: list[str]
     """Keys that differ between runs of one sweep, or of two, without being swept."""
     unsure: list[str]
-    """Sweeps of which that cannot be said, and why."""
+    """Swept groups that may set any key, so that what else differs cannot be told."""
     repeated: list[str]
-    """Runs of one sweep that another one has the configuration of."""
+    """Runs with the configuration of another run of the same sweep."""
     environments: dict[str, list[Any]]
-    """What differs between the runs' environments."""
-    verdict: Verdict
-
-    @property
-    def completed(self) -> list[Run]:
-        """Runs that came to their end."""
-        return [run for run in self.found.runs if run.completed]
+    """Keys of the environment that are not the same in all completed runs, with their values."""
+    run_set: RunSet
 
 
-def compare(found: Found) -> Comparison:
-    """Compare every run that was found."""
-    kinship = Kinship(found.runs)
-    groups, pairs = kinship.groups(), find_pairs(kinship)
-    seeds = [apart for group in groups for apart in group.between_seeds("test/loss")]
-    not_asked, unsure = _beside_the_sweeps(found)
-    verdict = judge(found.runs, pairs, seeds)
-    if not_asked:
-        keys = listed(not_asked)
-        verdict.lines.append(f"Careful: runs differ in more than was swept: {keys}.")
+def compare(run_set: RunSet) -> Comparison:
+    """Compare every run of a set."""
+    runs = run_set.runs
+    matcher = RunMatcher(runs)
+    groups, pairs = matcher.groups(), find_pairs(matcher)
+    between_seeds = [value for group in groups for value in group.between_seeds("test/loss")]
+    unasked, unsure = _unswept_keys(run_set)
+    verdict = judge(runs, pairs, between_seeds)
+    if unasked:
+        verdict.lines.append(f"Careful: runs differ in more than was swept: {listed(unasked)}.")
     return Comparison(
-        found=found,
+        verdict=verdict,
+        ratios=largest_ratios([Lockstep.from_run(run) for run in runs]),
         groups=groups,
         pairs=pairs,
-        seeds=seeds,
-        ratios=largest_ratios(map(Lockstep.of, found.runs)),
-        differing=kinship.differing,
-        unasked=not_asked,
+        between_seeds=between_seeds,
+        differing=matcher.differing,
+        unasked=unasked,
         unsure=unsure,
-        repeated=kinship.repeated,
-        environments=differing(
-            dict(leaves(run.result.environment)) for run in found.runs if run.completed
-        ),
-        verdict=verdict,
+        repeated=matcher.repeated,
+        environments=differing(dict(leaves(r.result.environment)) for r in runs if r.completed),
+        run_set=run_set,
     )
 
 
-def _beside_the_sweeps(found: Found) -> tuple[list[str], list[str]]:
-    """Keys in which runs differ unasked, within a sweep or between two, and what hides them."""
-    told, unsure = [], []
+def _unswept_keys(run_set: RunSet) -> tuple[list[str], list[str]]:
+    """Keys that differ within or between sweeps without being swept, and groups that hide them."""
+    unasked, unsure = [], []
     within: set[str] = set()
-    several = len(found.swept) > 1
-    for sweep, swept in found.swept.items():
-        settings = [run.settings for run in found.runs if run.sweep == sweep]
+    several = len(run_set.swept) > 1
+    for sweep, swept in run_set.swept.items():
+        settings = [run.settings for run in run_set.runs if run.sweep == sweep]
         if not settings:
             continue
         place = f" in {sweep}" if several else ""
-        anything = opaque(swept, {key for tree in settings for key in tree})
-        if anything:
-            unsure.append(f"{', '.join(anything)}{place}: its choices may set any key")
+        opaque = opaque_groups(swept, {key for tree in settings for key in tree})
+        if opaque:
+            unsure.append(f"{', '.join(opaque)}{place}: its choices may set any key")
         else:
-            keys = unasked(swept, differing(settings, PRESENTATION))
+            keys = unswept(swept, differing(settings, *PRESENTATION))
             within.update(keys)
-            told += [f"{key}{place}" for key in keys]
+            unasked += [f"{key}{place}" for key in keys]
     if several and not unsure:
-        settings = [run.settings for run in found.runs if run.sweep in found.swept]
-        keys = unasked(set().union(*found.swept.values()), differing(settings, PRESENTATION))
-        told += [f"{key} between sweeps" for key in keys if key not in within]
-    return told, unsure
+        settings = [run.settings for run in run_set.runs if run.sweep in run_set.swept]
+        keys = unswept(set().union(*run_set.swept.values()), differing(settings, *PRESENTATION))
+        unasked += [f"{key} between sweeps" for key in keys if key not in within]
+    return unasked, unsure

@@ -1,4 +1,4 @@
-"""Which runs belong together, and a figure over several of them."""
+"""Groups of runs that differ in their seed alone, and statistics over them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from equiloss.config.resolved import PRESENTATION
@@ -17,7 +17,7 @@ from equiloss.report.runs import Run
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over several runs; NaN where it is not finite in one of them."""
+    """Mean and standard deviation over runs; NaN where the figure of one run is not finite."""
 
     mean: float
     deviation: float | None
@@ -25,10 +25,10 @@ class Spread:
     runs: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread | None:
-        """Mean and deviation, or None without values.
+    def from_values(cls, values: Sequence[float]) -> Spread | None:
+        """Mean and deviation of one value per run, or None without values.
 
-        >>> Spread.of([1.0, 2.0, 3.0])
+        >>> Spread.from_values([1.0, 2.0, 3.0])
         Spread(mean=2.0, deviation=1.0, runs=3)
         """
         if not values:
@@ -48,18 +48,12 @@ class Group:
 
     @property
     def completed(self) -> list[Run]:
-        """Those that came to their end."""
+        """Runs with the status `completed`."""
         return [run for run in self.runs if run.completed]
 
     def spread(self, name: str) -> Spread | None:
-        """A final metric, or a figure of timing, over the group's completed runs."""
-        values = []
-        for run in self.completed:
-            known: Mapping[str, float | None] = run.result.timing | run.result.metrics
-            if name in known:
-                value = known[name]
-                values.append(math.nan if value is None else value)
-        return Spread.of(values)
+        """Spread of a final metric, or a figure of timing, over the completed runs."""
+        return Spread.from_values([run.final[name] for run in self.completed if name in run.final])
 
     def curve(self, name: str) -> list[tuple[int, float, float, float]]:
         """Step, mean, smallest and largest value of a metric.
@@ -67,19 +61,25 @@ class Group:
         Over the completed runs, so that a run that stopped early bends nothing; over all of them
         where none is completed.
         """
-        by_step: dict[int, list[float]] = defaultdict(list)
-        for run in self.completed or self.runs:
-            for step, value in run.metrics.get(name, []):
-                by_step[step].append(value)
-        return [(s, statistics.fmean(v), min(v), max(v)) for s, v in sorted(by_step.items())]
+        by_step = values_by_step(self.completed or self.runs, name)
+        return [(step, statistics.fmean(v), min(v), max(v)) for step, v in by_step]
 
     def between_seeds(self, name: str) -> list[float]:
         """Relative differences of a final metric between its completed runs of different seeds."""
         return [
-            apart
+            difference
             for a, b in itertools.combinations(self.completed, 2)
-            if a.seed != b.seed and (apart := final_difference(name, a, b)) is not None
+            if a.seed != b.seed and (difference := final_difference(name, a, b)) is not None
         ]
+
+
+def values_by_step(runs: Iterable[Run], name: str) -> list[tuple[int, list[float]]]:
+    """Values that some runs logged of a metric at each step, in the order of the steps."""
+    by_step: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        for step, value in run.metrics.get(name, []):
+            by_step[step].append(value)
+    return sorted(by_step.items())
 
 
 def relative(value: float, reference: float) -> float:
@@ -93,105 +93,91 @@ def relative(value: float, reference: float) -> float:
 
 def final_difference(name: str, run: Run, reference: Run) -> float | None:
     """Relative difference of a final metric: None if not measured, NaN if it is not finite."""
-    metrics, expected = run.result.metrics, reference.result.metrics
-    if name not in metrics or name not in expected:
-        return None
-    value, other = metrics[name], expected[name]
-    return math.nan if value is None or other is None else relative(value, other)
+    value, expected = run.final.get(name), reference.final.get(name)
+    return None if value is None or expected is None else relative(value, expected)
 
 
-def differing(
-    trees: Iterable[Mapping[str, Any]], leave_out: frozenset[str] = frozenset()
-) -> dict[str, list[Any]]:
-    """The keys that are not the same everywhere, each with its distinct values.
+def differing(trees: Iterable[Mapping[str, Any]], *left_out: str) -> dict[str, list[Any]]:
+    """The keys that are not the same in all mappings, each with its distinct values.
 
     >>> differing([{"a": 1, "b": 2}, {"a": 1, "b": 3}])
     {'b': [2, 3]}
     """
     trees = list(trees)
-    keys = sorted({key for tree in trees for key in tree} - leave_out)
-    values = {key: _distinct(tree.get(key) for tree in trees) for key in keys}
-    return {key: found for key, found in values.items() if len(found) > 1}
+    keys = sorted({key for tree in trees for key in tree}.difference(left_out))
+    distinct = {key: {_canonical(tree.get(key)): tree.get(key) for tree in trees} for key in keys}
+    return {key: [*by_text.values()] for key, by_text in distinct.items() if len(by_text) > 1}
 
 
-def _distinct(values: Iterable[Any]) -> list[Any]:
-    return list({_text(value): value for value in values}.values())
-
-
-def _text(value: Any) -> str:
+def _canonical(value: Any) -> str:
+    """A value as text, the same for equal values."""
     # A date is the one thing that YAML knows and JSON does not.
     return json.dumps(value, sort_keys=True, default=str)
 
 
-@dataclass
-class Kinship:
-    """When runs are the same but for one key, and what tells the others apart.
+class RunMatcher:
+    """Finds runs whose configurations are equal but for one key, and what distinguishes others.
 
     Args:
         runs: Every run that is compared.
+
+    Attributes:
+        differing: Keys of the configuration that are not the same in all runs, with their values.
+        repeated: Names of runs of the same configuration and the same sweep.
     """
 
-    runs: Sequence[Run]
-    differing: dict[str, list[Any]] = field(init=False)
-    """Keys of the configuration that are not the same in all runs, with their values."""
-    by_sweep: bool = field(init=False)
-    """Whether sweeps are kept apart, because two of them hold the same configuration."""
-    repeated: list[str] = field(init=False)
-    """Runs of the same configuration and the same sweep."""
-
-    def __post_init__(self) -> None:
-        self.differing = differing((run.settings for run in self.runs), PRESENTATION)
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+        self.differing = differing((run.settings for run in runs), *PRESENTATION)
         self._varied = {
-            loss: differing(run.settings for run in self.runs if run.loss == loss)
-            for loss in {run.loss for run in self.runs}
+            loss: differing(run.settings for run in runs if run.loss == loss)
+            for loss in {run.loss for run in runs}
         }
-        places: dict[str, list[str]] = defaultdict(list)
-        for run in self.runs:
-            places[self._key(run)].append(run.sweep)
-        self.by_sweep = any(len(set(sweeps)) > 1 for sweeps in places.values())
-        counts = Counter((self._key(run), run.sweep) for run in self.runs)
-        self.repeated = [run.name for run in self.runs if counts[self._key(run), run.sweep] > 1]
+        counts = Counter((self._key(run), run.sweep) for run in runs)
+        self.repeated = [run.name for run in runs if counts[self._key(run), run.sweep] > 1]
+        # Sweeps are kept apart if two of them hold the same configuration.
+        self._by_sweep = len({key for key, _ in counts}) < len(counts)
 
     def _key(self, run: Run, without: str = "") -> str:
+        """The configuration without one key, as text that is equal for equal configurations."""
         kept = {k: v for k, v in run.settings.items() if k not in {without, *PRESENTATION}}
         # An option of a loss that is off is as good as one that the loss does not have.
-        return _text({k: v for k, v in kept.items() if v or not k.startswith("loss.")})
+        return _canonical({k: v for k, v in kept.items() if v or not k.startswith("loss.")})
 
-    def alike(self, runs: Iterable[Run], without: str) -> list[list[Run]]:
+    def equal_but_for(self, key: str, runs: Iterable[Run]) -> list[list[Run]]:
         """Runs that are the same in everything but one key, in lists of their own."""
-        found: dict[tuple[str, str], list[Run]] = defaultdict(list)
+        matches: dict[tuple[str, str], list[Run]] = defaultdict(list)
         for run in runs:
-            found[self._key(run, without), run.sweep if self.by_sweep else ""].append(run)
-        return list(found.values())
+            matches[self._key(run, key), run.sweep if self._by_sweep else ""].append(run)
+        return list(matches.values())
 
-    def words(self, run: Run, *without: str) -> str:
-        """What tells a run apart from others, but for the loss's name, the seed and some keys."""
-        told = [
-            key
-            for key in self.differing
-            if key not in {"seed", "loss.name", *without} and self._says_something(key, run)
-        ]
-        last = Counter(key.rpartition(".")[2] for key in told)
+    def distinction(self, run: Run, *without: str) -> str:
+        """Settings that distinguish a run, but for the loss's name, the seed and some keys.
+
+        A key is shortened to its last part where no other setting has the same.
+        """
+        left_out = {"seed", "loss.name", *without}
+        keys = [key for key in self.differing if key not in left_out and self._is_set(key, run)]
+        counts = Counter(key.rpartition(".")[2] for key in keys)
         parts = []
-        for key in told:
+        for key in keys:
             _, _, short = key.rpartition(".")
             value = _short(run.settings[key], self.differing[key])
-            parts.append(f", {short if last[short] == 1 else key}={value}")
-        return "".join(parts) + (f" ({run.sweep})" if self.by_sweep else "")
+            parts.append(f", {short if counts[short] == 1 else key}={value}")
+        return "".join(parts) + (f" ({run.sweep})" if self._by_sweep else "")
 
-    def _says_something(self, key: str, run: Run) -> bool:
-        """Not so an option that other losses lack, and that is off in all runs of this one."""
-        if key not in run.settings:
-            return False
-        on = not key.startswith("loss.") or bool(run.settings[key])
-        return on or key in self._varied[run.loss]
+    def _is_set(self, key: str, run: Run) -> bool:
+        """Whether a run has a key, other than an option that is off in all runs of its loss."""
+        return key in run.settings and (
+            not key.startswith("loss.") or bool(run.settings[key]) or key in self._varied[run.loss]
+        )
 
     def groups(self) -> list[Group]:
-        """The runs by everything but their seed."""
-        made = [(self.words(found[0]), found) for found in self.alike(self.runs, "seed")]
+        """Groups of the runs that are the same in everything but their seed."""
+        matches = self.equal_but_for("seed", self.runs)
         # The losses of one kind of run stand beside each other.
-        made.sort(key=lambda entry: (entry[0], entry[1][0].loss))
-        return [Group(found[0].loss + words, found) for words, found in made]
+        matches.sort(key=lambda runs: (self.distinction(runs[0]), runs[0].loss))
+        return [Group(runs[0].loss + self.distinction(runs[0]), runs) for runs in matches]
 
 
 def _short(value: Any, others: Sequence[Any]) -> str:
@@ -202,6 +188,6 @@ def _short(value: Any, others: Sequence[Any]) -> str:
     """
     if not isinstance(value, float):
         return str(value)
-    shown = f"{value:.4g}"
+    rounded = f"{value:.4g}"
     numbers = [other for other in others if isinstance(other, int | float)]
-    return shown if sum(f"{other:.4g}" == shown for other in numbers) == 1 else str(value)
+    return rounded if sum(f"{other:.4g}" == rounded for other in numbers) == 1 else str(value)

@@ -1,4 +1,4 @@
-"""The report as a page, as data and as a few lines for the terminal."""
+"""The report as a page, as data and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from equiloss.records.atomic import write_atomically
-from equiloss.report.compare import SHOWN, TIMING, Comparison, compare
+from equiloss.records.results import json_ready
+from equiloss.report.compare import FINAL_METRICS, TIMING, Comparison, compare
 from equiloss.report.figures import Picture, draw_all
-from equiloss.report.groups import Spread
-from equiloss.report.runs import ReportError, find
+from equiloss.report.groups import Group, Spread
+from equiloss.report.pairs import Pair
+from equiloss.report.runs import ReportError, find_runs
 from equiloss.report.verdict import listed
 
 # A table of more pairs is read by nobody.
-MOST_PAIRS = 40
+MAX_PAIRS = 40
+# What report.json holds of each pair.
+PAIR_KEYS = ("label", "kind", "precision", "steps", "of_steps", "largest", "test_loss", "bitwise")
 
 
 def write_report(directories: Sequence[Path], output: Path | None = None) -> Comparison:
-    """Compare every run below some directories, and write what was found.
+    """Compare every run below some directories, and write the report.
 
     Args:
         directories: Searched for run directories, in any depth.
@@ -32,12 +36,12 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Com
         ReportError: if there is no run, or the report cannot be written.
     """
     output = output or directories[0] / "report"
-    comparison = compare(find(directories))
+    comparison = compare(find_runs(directories))
     try:
         output.mkdir(parents=True, exist_ok=True)
         pictures = draw_all(comparison, output)
         write_atomically(output / "report.md", page(comparison, pictures))
-        text = json.dumps(data(comparison), indent=1, allow_nan=False)
+        text = json.dumps(data(comparison), indent=1, allow_nan=False, default=str)
         write_atomically(output / "report.json", text + "\n")
     except OSError as error:
         raise ReportError(f"the report cannot be written to {output}: {error}") from error
@@ -46,22 +50,24 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Com
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the final metrics, mean ± standard deviation over seeds."""
-    head = ["group", "runs", *SHOWN, *("train (s)", "samples/s")]
+    head = ["group", "runs", *FINAL_METRICS, "train (s)", "samples/s"]
     rows = []
     for group in comparison.groups:
-        completed = sum(run.completed for run in group.runs)
-        spreads = [group.spread(name) for name in (*SHOWN, *TIMING)]
-        rows.append([group.label, f"{completed}/{len(group.runs)}", *map(_shown, spreads)])
+        spreads = [group.spread(name) for name in (*FINAL_METRICS, *TIMING)]
+        runs = f"{len(group.completed)}/{len(group.runs)}"
+        rows.append([group.label, runs, *map(_format_spread, spreads)])
     return head, rows
 
 
-def _shown(spread: Spread | None) -> str:
+def _format_spread(spread: Spread | None) -> str:
     """A mean with its deviation, which has two digits.
 
-    >>> _shown(Spread(0.98765, 0.0012, 3)), _shown(Spread(7386.2, 493.1, 2))
+    >>> _format_spread(Spread(0.98765, 0.0012, 3)), _format_spread(Spread(7386.2, 493.1, 2))
     ('0.9877 ± 0.0012', '7386 ± 493')
-    >>> _shown(Spread(123.4, None, 1)), _shown(Spread(1e-9, 1e-10, 2)), _shown(None)
-    ('123.4', '1e-09 ± 1e-10', '-')
+    >>> _format_spread(Spread(123.4, None, 1)), _format_spread(Spread(1e-9, 1e-10, 2))
+    ('123.4', '1e-09 ± 1e-10')
+    >>> _format_spread(None)
+    '-'
     """
     if spread is None:
         return "-"
@@ -80,86 +86,74 @@ def page(comparison: Comparison, pictures: Sequence[Picture] = ()) -> str:
     verdict = comparison.verdict
     lines = ["# Report", "", f"Do the runs match? **{verdict.word}**", ""]
     lines += [f"- {line}" for line in verdict.lines]
-    for title, items in _sections(comparison):
+    for title, items in _warnings(comparison).items():
         if items:
             lines += ["", f"## {title}", ""]
             lines += [f"- {' '.join(item.split())}" for item in items]
     lines += ["", "## Final metrics", "", "Mean ± sample standard deviation over seeds.", ""]
-    lines += _markdown(*table(comparison))
+    lines += _markdown_table(*table(comparison))
     if comparison.pairs:
         lines += ["", "## Runs that should take the same steps", ""]
-        lines += _markdown(*_pairs(comparison))
-        if len(comparison.pairs) > MOST_PAIRS:
-            more = len(comparison.pairs) - MOST_PAIRS
-            lines += ["", f"{more} more, which differ less, are in report.json."]
+        lines += _pairs_table(comparison.pairs)
     for picture in pictures:
         caption = picture.caption
-        if 0 < picture.most < len(comparison.groups):
-            caption += f" The first {picture.most} of {len(comparison.groups)} groups."
+        if 0 < picture.max_groups < len(comparison.groups):
+            caption += f" The first {picture.max_groups} of {len(comparison.groups)} groups."
         lines += ["", f"## {picture.title}", "", caption, ""]
         lines += [f"![{picture.title}]({picture.name}.png)"]
     lines += ["", "## Keys that differ between the runs", ""]
-    lines += [f"- `{key}`: {_values(values)}" for key, values in comparison.differing.items()]
+    lines += [f"- `{key}`: {_format(values)}" for key, values in comparison.differing.items()]
     if not comparison.differing:
         lines.append("None.")
     return "\n".join(lines) + "\n"
 
 
-def _sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """What a reader must not miss, by its title."""
-    found, environments = comparison.found, comparison.environments
-    return [
-        ("Where they differ", comparison.verdict.where),
-        ("Differ in more than what was swept", comparison.unasked),
-        ("Swept in a way that hides what else differs", comparison.unsure),
-        ("The same configuration more than once", comparison.repeated),
-        (
-            "Different environments",
-            [f"{key}: {_values(values)}" for key, values in environments.items()],
-        ),
-        (
-            "Not completed",
-            [
-                f"{run.name}: {run.result.status}"
-                + (f", {run.result.error}" if run.result.error else "")
-                for run in found.runs
-                if not run.completed
-            ],
-        ),
-        ("Skipped", [f"{place}: {why}" for place, why in found.skipped.items()]),
-    ]
+def _warnings(comparison: Comparison) -> dict[str, list[str]]:
+    """Differences, incomplete runs and unreadable files, by the title of their section."""
+    run_set, environments = comparison.run_set, comparison.environments
+    return {
+        "Where they differ": comparison.verdict.where,
+        "Differ in more than what was swept": comparison.unasked,
+        "Swept in a way that hides what else differs": comparison.unsure,
+        "The same configuration more than once": comparison.repeated,
+        "Different environments": [f"{key}: {_format(v)}" for key, v in environments.items()],
+        "Not completed": [
+            f"{run.name}: {run.result.status}"
+            + (f", {run.result.error}" if run.result.error else "")
+            for run in run_set.runs
+            if not run.completed
+        ],
+        "Skipped": [f"{place}: {why}" for place, why in run_set.skipped.items()],
+    }
 
 
-def _pairs(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+def _pairs_table(pairs: Sequence[Pair]) -> list[str]:
+    """The pairs in Markdown; of too many pairs, those that differ most."""
     head = ["pair", "precision", "steps compared", "largest difference of a step"]
     head += ["of the final test loss"]
-    pairs = comparison.pairs
-    if len(pairs) > MOST_PAIRS:
+    more = len(pairs) - MAX_PAIRS
+    if more > 0:
         # What cannot be compared comes first: it is the first thing to look into.
-        pairs = sorted(pairs, key=lambda pair: -(math.inf if not pair.apart else pair.worst or 0))
-    rows = [
-        [
-            pair.label,
-            pair.precision,
-            str(pair.steps)
-            if len(pair.apart) == pair.steps
-            else f"{len(pair.apart)} of {pair.steps}",
-            "not comparable" if pair.worst_step is None else f"{pair.worst_step:.2g}",
-            "-" if pair.test_loss is None else f"{pair.test_loss:.2g}",
-        ]
-        for pair in pairs[:MOST_PAIRS]
-    ]
-    return head, rows
+        pairs = sorted(pairs, key=lambda pair: -((pair.largest or 0) if pair.steps else math.inf))
+    rows = []
+    for pair in pairs[:MAX_PAIRS]:
+        steps = str(pair.steps) + (f" of {pair.of_steps}" if pair.steps != pair.of_steps else "")
+        worst = pair.largest_of_steps
+        largest = "not comparable" if worst is None else f"{worst:.2g}"
+        test_loss = "-" if pair.test_loss is None else f"{pair.test_loss:.2g}"
+        rows.append([pair.label, pair.precision, steps, largest, test_loss])
+    note = ["", f"{more} more, which differ less, are in report.json."] if more > 0 else []
+    return [*_markdown_table(head, rows), *note]
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table whose first column is words and the others are figures."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], f"|---|{'---:|' * (len(head) - 1)}", *lines[1:]]
 
 
-def _values(values: Sequence[Any]) -> str:
+def _format(values: Sequence[Any]) -> str:
     return listed([json.dumps(value, default=str) for value in values])
 
 
@@ -168,40 +162,10 @@ def data(comparison: Comparison) -> dict[str, Any]:
 
     JSON has no infinity and no NaN: they are "inf" and "nan". Null is what was not measured.
     """
-    found: dict[str, Any] = {
+    fields = vars(comparison) | {
         "verdict": asdict(comparison.verdict),
-        "ratios": comparison.ratios,
-        "groups": [
-            {
-                "label": group.label,
-                "runs": [run.name for run in group.runs],
-                "metrics": {
-                    name: asdict(spread)
-                    for name in (*SHOWN, *TIMING)
-                    if (spread := group.spread(name))
-                },
-            }
-            for group in comparison.groups
-        ],
-        "pairs": [
-            {
-                "label": pair.label,
-                "kind": pair.kind,
-                "precision": pair.precision,
-                "steps": len(pair.apart),
-                "of_steps": pair.steps,
-                "largest": pair.worst,
-                "test_loss": pair.test_loss,
-                "bitwise": pair.bitwise,
-            }
-            for pair in comparison.pairs
-        ],
-        "between_seeds": comparison.seeds,
-        "differing": comparison.differing,
-        "unasked": comparison.unasked,
-        "unsure": comparison.unsure,
-        "repeated": comparison.repeated,
-        "environments": comparison.environments,
+        "groups": [_group_data(group) for group in comparison.groups],
+        "pairs": [{key: getattr(pair, key) for key in PAIR_KEYS} for pair in comparison.pairs],
         "runs": [
             {
                 "name": run.name,
@@ -209,19 +173,14 @@ def data(comparison: Comparison) -> dict[str, Any]:
                 "status": run.result.status,
                 "error": run.result.error,
             }
-            for run in comparison.found.runs
+            for run in comparison.run_set.runs
         ],
-        "skipped": comparison.found.skipped,
+        "skipped": comparison.run_set.skipped,
     }
-    ready: dict[str, Any] = _ready(found)
-    return ready
+    return {key: json_ready(value, str) for key, value in fields.items() if key != "run_set"}
 
 
-def _ready(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _ready(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_ready(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | None) else str(value)
+def _group_data(group: Group) -> dict[str, Any]:
+    spreads = {name: group.spread(name) for name in (*FINAL_METRICS, *TIMING)}
+    metrics = {name: asdict(spread) for name, spread in spreads.items() if spread}
+    return {"label": group.label, "runs": [run.name for run in group.runs], "metrics": metrics}

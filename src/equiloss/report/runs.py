@@ -1,32 +1,39 @@
-"""Finding run directories and reading what is in them."""
+"""Search of directories for runs, and reading of their files."""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.errors import HydraException
+from yaml import YAMLError
 
-from equiloss.config.resolved import leaves
+from equiloss.config.resolved import leaves, with_defaults
 from equiloss.errors import UserError
+from equiloss.losses import registry
 from equiloss.records.results import Result
-from equiloss.records.run_dir import CONFIG, EVALUATION, METRICS, RESULTS
-from equiloss.report.sweeps import MULTIRUN, sweep_of, swept_keys
+from equiloss.records.run_dir import CONFIG, EVALUATION, METRICS, MULTIRUN, RESULTS, sweep_of
+from equiloss.report.sweeps import swept_keys
 
 Series = list[tuple[int, float]]
 """Values of a metric by optimizer step."""
+LOSS = "loss."
 # What reading a file of another form can raise.
 UNREADABLE = (
-    *(OSError, ValueError, TypeError, KeyError, AttributeError),
-    *(yaml.YAMLError, HydraException),
+    *(OSError, ValueError, TypeError, LookupError, AttributeError),
+    *(csv.Error, YAMLError, HydraException),
 )
+# The C loader where there is one: a hundred configurations a second, or a thousand.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class ReportError(UserError):
@@ -35,7 +42,7 @@ class ReportError(UserError):
 
 @dataclass
 class Run:
-    """One run directory, as it was found."""
+    """One run directory: configuration, results, logged metrics and evaluation."""
 
     name: str
     """Its path below the directory that was asked for; longer where two runs would share it."""
@@ -55,61 +62,79 @@ class Run:
 
     @property
     def seed(self) -> Any:
-        """Its seed."""
+        """Random seed of the configuration."""
         return self.settings.get("seed")
 
     @property
     def completed(self) -> bool:
-        """Whether it came to its end."""
+        """Whether its status is `completed`."""
         return self.result.status == "completed"
+
+    @property
+    def final(self) -> dict[str, float]:
+        """Final metrics and timing by name; NaN where one is not finite (null in the file)."""
+        figures: dict[str, float | None] = {**self.result.timing, **self.result.metrics}
+        return {name: math.nan if value is None else value for name, value in figures.items()}
 
 
 @dataclass
-class Found:
-    """Everything below the directories that were asked for."""
+class RunSet:
+    """The runs below some directories, and what could not be read there."""
 
     runs: list[Run]
     skipped: dict[str, str]
-    """What could not be read, and why."""
+    """Paths that could not be read, and why."""
     swept: dict[str, set[str]]
     """Keys that Hydra varied, by the name of the sweep, where a multirun.yaml says so."""
 
 
-def find(directories: Sequence[Path]) -> Found:
+def find_runs(directories: Sequence[Path]) -> RunSet:
     """Read every run directory below some directories.
 
     Raises:
         ReportError: for a directory that is not there, or if there is no run.
     """
-    found = Found([], {}, {})
-    places = _places(directories)
-    sweeps = {place: sweep_of(place) or root for place, root in places.items()}
-    roots = sorted(set(sweeps.values()))
-    sweep_names = dict(zip(roots, _told_apart(dict.fromkeys(roots, 1)), strict=True))
-    depths = {place: len(place.relative_to(root).parts) for place, root in places.items()}
-    for place, name in zip(places, _told_apart(depths), strict=True):
-        try:
-            run = _read(name, sweep_names[sweeps[place]], place)
-        except UNREADABLE as error:
-            found.skipped[str(place)] = _why(error)
-        else:
-            found.skipped |= _read_series(run)
-            found.runs.append(run)
-    if not found.runs:
-        unread = "".join(f"; skipped {place} ({why})" for place, why in found.skipped.items())
+    run_set = RunSet([], {}, {})
+    roots = _run_directories(directories)
+    sweeps = {place: sweep_of(place) or root for place, root in roots.items()}
+    sweep_names = _unique_names(dict.fromkeys(sorted(set(sweeps.values())), 1))
+    depths = {place: len(place.relative_to(root).parts) or 1 for place, root in roots.items()}
+    for place, name in _unique_names(depths).items():
+        sweep = sweep_names[sweeps[place]]
+        with _skip_unreadable(place, run_set.skipped):
+            run_set.runs.append(_read_run(place, name, sweep, run_set.skipped))
+    if not run_set.runs:
+        unread = "".join(f"; skipped {place} ({why})" for place, why in run_set.skipped.items())
         raise ReportError(f"no run below {', '.join(map(str, directories))}{unread}")
-    for root in roots:
-        if (root / MULTIRUN).is_file():
-            try:
-                found.swept[sweep_names[root]] = swept_keys(root / MULTIRUN)
-            except UNREADABLE as error:
-                found.skipped[str(root / MULTIRUN)] = _why(error)
-    return found
+    _complete_losses(run_set.runs)
+    for directory, name in sweep_names.items():
+        multirun = directory / MULTIRUN
+        if multirun.is_file():
+            with _skip_unreadable(multirun, run_set.skipped):
+                run_set.swept[name] = swept_keys(multirun)
+    return run_set
 
 
-def _places(directories: Sequence[Path]) -> dict[Path, Path]:
-    """Run directories, each with the directory below which it was found first."""
-    places: dict[Path, Path] = {}
+def _complete_losses(runs: Sequence[Run]) -> None:
+    """Give the runs of a loss the options that some of them are too old to have."""
+    by_loss: dict[str, list[Run]] = {}
+    for run in runs:
+        by_loss.setdefault(run.loss, []).append(run)
+    for same_loss in by_loss.values():
+        stored = [
+            {key.removeprefix(LOSS): v for key, v in run.settings.items() if key.startswith(LOSS)}
+            for run in same_loss
+        ]
+        if all(options.keys() == stored[0].keys() for options in stored):
+            continue  # the loss, and torch with it, need not be imported
+        for run, options in zip(same_loss, stored, strict=True):
+            completed = registry.with_defaults(options).items()
+            run.settings |= {LOSS + key: value for key, value in completed}
+
+
+def _run_directories(directories: Sequence[Path]) -> dict[Path, Path]:
+    """Run directories, each with the given directory below which it was found first."""
+    roots: dict[Path, Path] = {}
     for directory in directories:
         if not directory.is_dir():
             raise ReportError(f"no directory {directory}")
@@ -118,54 +143,65 @@ def _places(directories: Sequence[Path]) -> dict[Path, Path]:
             # Hydra's own records, which are no runs, lie in `.hydra`.
             below[:] = sorted(name for name in below if not name.startswith("."))
             if RESULTS in files or CONFIG in files:
-                places.setdefault(Path(place), root)
-    return places
+                roots.setdefault(Path(place), root)
+    return roots
 
 
-def _told_apart(depths: dict[Path, int]) -> list[str]:
-    """The last parts of each path: as many as were asked for, and more until no two are the same.
+def _unique_names(depths: dict[Path, int]) -> dict[Path, str]:
+    """The last parts of each path: as many as its depth, and more until no two are the same.
 
-    >>> _told_apart({Path("/x/a/run"): 1, Path("/x/b/run"): 1, Path("/x/b/other"): 1})
+    >>> names = _unique_names({Path("/x/a/run"): 1, Path("/x/b/run"): 1, Path("/x/b/other"): 1})
+    >>> list(names.values())
     ['a/run', 'b/run', 'other']
     """
-    wanted = {path: max(depth, 1) for path, depth in depths.items()}
-    while True:
-        names = {path: "/".join(path.parts[-depth:]) for path, depth in wanted.items()}
-        counts = Counter(names.values())
-        shared = [path for path, name in names.items() if counts[name] > 1]
-        if not shared:
-            return list(names.values())
-        for path in shared:
-            wanted[path] += 1
+    names = {path: "/".join(path.parts[-depth:]) for path, depth in depths.items()}
+    counts = Counter(names.values())
+    longer = {path: depths[path] + 1 for path, name in names.items() if counts[name] > 1}
+    return _unique_names(depths | longer) if longer else names
 
 
-def _why(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+@contextmanager
+def _skip_unreadable(path: Path, skipped: dict[str, str]) -> Iterator[None]:
+    """Record in `skipped` why a path cannot be read, instead of raising."""
+    try:
+        yield
+    except UNREADABLE as error:
+        message, _, _ = str(error).partition("\n")
+        skipped[str(path)] = f"{type(error).__name__}: {message}"
 
 
-def _read(name: str, sweep: str, place: Path) -> Run:
+def _read_run(place: Path, name: str, sweep: str, skipped: dict[str, str]) -> Run:
+    """Read a run directory; metrics or an evaluation that cannot be read are skipped."""
     config = yaml.load((place / CONFIG).read_text(encoding="utf-8"), Loader=_LOADER)
     if not isinstance(config, dict):
         raise TypeError(f"{CONFIG} holds no configuration")
     if (place / RESULTS).is_file():
         result = Result.read(place)
-        _check(result)
+        _validate(result)
     else:
         # Killed before it could leave a word, or still at work.
         result = Result("unfinished", "", {"name": config["loss"]["name"], "options": {}})
-    return Run(name, place, sweep, dict(leaves(config)), result)
+    run = Run(name, place, sweep, dict(leaves(with_defaults(config))), result)
+    metrics, evaluation = place / METRICS, place / EVALUATION
+    if metrics.is_file():
+        with _skip_unreadable(metrics, skipped):
+            run.metrics = _read_metrics(metrics)
+    if evaluation.is_file():
+        with _skip_unreadable(evaluation, skipped):
+            run.evaluation = _read_evaluation(evaluation)
+    return run
 
 
-def _check(result: Result) -> None:
-    """Refuse what only looks like a result: the comparison counts on these."""
+def _validate(result: Result) -> None:
+    """Refuse what only looks like a result: the comparison counts on these fields."""
     if result.status not in ("completed", "failed", "interrupted"):
         raise ValueError(f"{RESULTS}: unknown status {result.status!r}")
     numbers = [*result.metrics.values(), *result.timing.values(), result.world_size]
-    formulations = [found for found in result.parity.values() if isinstance(found, dict)]
     if result.parity:
         numbers += [result.parity["steps"], result.parity["agree"]]
-    for found in formulations:
-        numbers += [found["ratio"], found["agree"]]
+    for agreement in result.parity.values():
+        if isinstance(agreement, dict):
+            numbers += [agreement["ratio"], agreement["agree"]]
     for number in numbers:
         if not isinstance(number, int | float | None):
             raise TypeError(f"{RESULTS}: {number!r} is no number")
@@ -173,29 +209,9 @@ def _check(result: Result) -> None:
     result.loss["name"]  # every result has one
 
 
-def _read_series(run: Run) -> dict[str, str]:
-    """Read what a run logged; what could not be read, and why."""
-    skipped = {}
-    for name in (METRICS, EVALUATION):
-        file = run.directory / name
-        if not file.is_file():
-            continue
-        try:
-            if name == METRICS:
-                run.metrics = _read_metrics(file)
-            else:
-                run.evaluation = _read_evaluation(file)
-        except UNREADABLE as error:
-            skipped[str(file)] = _why(error)
-    return skipped
-
-
-# The C loader where there is one: a hundred configurations a second, or a thousand.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
 def _read_metrics(file: Path) -> dict[str, Series]:
-    found: dict[str, Series] = {}
+    """Every logged metric by name."""
+    metrics: dict[str, Series] = {}
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # the last line of a run that was killed while it wrote
@@ -205,18 +221,18 @@ def _read_metrics(file: Path) -> dict[str, Series]:
         step = int(row[0])
         for name, text in zip(names[1:], row[1:], strict=True):
             if text:
-                found.setdefault(name, []).append((step, float(text)))
-    return found
+                metrics.setdefault(name, []).append((step, float(text)))
+    return metrics
 
 
 def _read_evaluation(file: Path) -> dict[str, Any]:
-    """Confusion matrix and bins of calibration of each split, in the form that they should have."""
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    classes = len(found["class_names"])
-    for split in found.keys() - {"class_names"}:
-        confusion, bins = found[split]["confusion"], found[split]["calibration"]
+    """Confusion matrix and calibration bins of each split, checked for their shapes."""
+    evaluation: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    classes = len(evaluation["class_names"])
+    for split in evaluation.keys() - {"class_names"}:
+        confusion, bins = evaluation[split]["confusion"], evaluation[split]["calibration"]
         if confusion is not None and [len(row) for row in confusion] != [classes] * classes:
             raise ValueError(f"{split}: the confusion matrix is not one of {classes} classes")
         if len({len(bins[key]) for key in ("rows", "confidence", "right")}) != 1:
             raise ValueError(f"{split}: the bins of calibration do not belong together")
-    return found
+    return evaluation

@@ -1,19 +1,12 @@
-"""What a sweep varied, as Hydra wrote it down."""
+"""Keys that a sweep varied, as Hydra recorded them, and those that differ all the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-
-MULTIRUN = "multirun.yaml"
-
-
-def sweep_of(place: Path) -> Path | None:
-    """The nearest directory above a run's that Hydra swept into, if any."""
-    return next((above for above in place.parents if (above / MULTIRUN).is_file()), None)
 
 
 def swept_keys(multirun: Path) -> set[str]:
@@ -30,30 +23,28 @@ def swept_keys(multirun: Path) -> set[str]:
     return {key for key, several in varied.items() if several}
 
 
-def opaque(swept: Iterable[str], known: Iterable[str]) -> list[str]:
+def opaque_groups(swept: Collection[str], known: Collection[str]) -> list[str]:
     """Swept groups that stand for no part of the configuration: their choices may set any key.
 
     Args:
         swept: Keys and groups that a sweep varied.
         known: Every key of its runs' configurations.
 
-    >>> opaque(["loss", "experiment"], ["loss.name", "seed"])
+    >>> opaque_groups(["loss", "experiment"], ["loss.name", "seed"])
     ['experiment']
     """
-    known = list(known)
-    return sorted(asked for asked in swept if not any(_covers(asked, key) for key in known))
+    return sorted(group for group in swept if not any(_covers(group, key) for key in known))
 
 
-def unasked(swept: Iterable[str], differing: Iterable[str]) -> list[str]:
+def unswept(swept: Collection[str], differing: Collection[str]) -> list[str]:
     """Of the keys that differ between a sweep's runs, those that it did not vary.
 
-    >>> unasked(["loss", "seed"], ["loss.name", "data.batch_size", "seed"])
+    >>> unswept(["loss", "seed"], ["loss.name", "data.batch_size", "seed"])
     ['data.batch_size']
     """
-    swept = list(swept)
-    return [key for key in differing if not any(_covers(asked, key) for asked in swept)]
+    return [key for key in differing if not any(_covers(group, key) for group in swept)]
 
 
-def _covers(asked: str, key: str) -> bool:
-    """Whether a key is what was asked for, or a part of it."""
-    return f"{key}.".startswith(f"{asked.replace('/', '.')}.")
+def _covers(group: str, key: str) -> bool:
+    """Whether a key is a swept key or group itself, or a part of it."""
+    return f"{key}.".startswith(f"{group.replace('/', '.')}.")

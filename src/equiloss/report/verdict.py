@@ -1,26 +1,21 @@
-"""The verdict: do the formulations match, in each of the three ways, to what figure, where not?"""
+"""The verdict: do the formulations match in lockstep, in float64 and in lower precision?"""
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from equiloss.errors import PARITY_STOP
-from equiloss.report.pairs import FORMULATIONS, WORLD_SIZES, Pair, largest
-from equiloss.report.runs import Run
+from equiloss.report.pairs import FORMULATIONS, WORLD_SIZES, Pair, first_beyond, maximum
+from equiloss.report.runs import Run, Series
 
 # Separate runs of one function in float64: rounding at 1e-16, amplified by training.
 FLOAT64_BOUND = 1e-9
 EXACT = "64-true"
 # More names than this in a line hide what it says; the page and the data have them all.
 NAMED = 6
-# What a run that was stopped by parity.policy=raise says of itself (see `equiloss.parity.monitor`).
-_STOPPED = re.compile(rf"{re.escape(PARITY_STOP)} \d+: (?P<what>.*)")
-_FORMULATION = re.compile(r"(?P<name>[^\s,]+) \(error (?P<ratio>\S+) times its bound\)")
 
 
 @dataclass
@@ -38,10 +33,14 @@ class Verdict:
     where: list[str]
     """The same with the figures, and from which step on."""
 
+    def __str__(self) -> str:
+        """The word and the lines, for a terminal."""
+        return "\n- ".join([f"verdict: {self.word}", *self.lines])
+
 
 @dataclass
 class Lockstep:
-    """What one run's parity checks found."""
+    """Result of the parity checks of one run."""
 
     run: Run
     checks: int = 0
@@ -53,22 +52,23 @@ class Lockstep:
     """Rows beyond the domain of each formulation."""
 
     @classmethod
-    def of(cls, run: Run) -> Lockstep:
-        """What `results.json` says; of a run that did not complete, what it logged and why."""
-        found = cls(run)
-        if run.completed:
-            found._read_results()
+    def from_run(cls, run: Run) -> Lockstep:
+        """Read the checks from `results.json`, or what was logged of a run that left none there."""
+        lockstep = cls(run)
+        if run.completed or run.result.parity:
+            lockstep._read_results()
         else:
-            found._read_metrics()
-            found._read_error(run.result.error or "")
-        return found
+            lockstep._read_metrics()
+        return lockstep
 
     def _read_results(self) -> None:
         parity = self.run.result.parity
         self.checks = parity.get("steps", 0)
         for name, worst in parity.items():
             if isinstance(worst, dict):
-                self.ratios[name] = _ratio(worst["ratio"])
+                ratio = worst["ratio"]  # null where it was not finite
+                finite = ratio is not None and math.isfinite(ratio)
+                self.ratios[name] = ratio if finite else math.inf
                 if not (worst["agree"] and self.ratios[name] <= 1):
                     self.disagreeing.append(name)
                 if worst.get("out_of_domain"):
@@ -81,71 +81,50 @@ class Lockstep:
             if key.startswith("parity/") and key.endswith("/ratio"):
                 name = key.removeprefix("parity/").removesuffix("/ratio")
                 self.checks = max(self.checks, len(series))
-                self.ratios[name] = largest(value for _, value in series) or 0.0
+                self.ratios[name] = maximum(value for _, value in series) or 0.0
         self.disagreeing = [name for name, ratio in self.ratios.items() if not ratio <= 1]
 
-    def _read_error(self, error: str) -> None:
-        stopped = _STOPPED.search(error)
-        if stopped is None:
-            return
-        self.checks += 1
-        for found in _FORMULATION.finditer(stopped["what"]):
-            self._disagrees(found["name"], float(found["ratio"]))
-        for sums in ("the mass", "the all-reduced loss"):
-            if f"{sums} (" in stopped["what"]:
-                self.disagreeing.append(sums.removeprefix("the "))
-        if not self.disagreeing:
-            self.disagreeing.append("parity")
-
-    def _disagrees(self, name: str, ratio: float) -> None:
-        self.ratios[name] = max(self.ratios.get(name, 0.0), _ratio(ratio))
-        if name not in self.disagreeing:
-            self.disagreeing.append(name)
-
-    def where(self, name: str) -> str:
+    def describe(self, name: str) -> str:
         """A formulation's largest error, and the first step at which it was beyond its bound."""
-        told = f"{name} in {self.run.name}"
+        text = f"{name} in {self.run.name}"
         if name in self.ratios:
-            told += f": error up to {self.ratios[name]:.3g} times its bound"
+            text += f": error up to {self.ratios[name]:.3g} times its bound"
             # The one other reason to disagree.
-            told += "" if self.ratios[name] > 1 else ", and logits that are not finite"
-        series = self.run.metrics.get(f"parity/{name}/ratio", [])
-        first = next((step for step, value in series if not value <= 1), None)
-        return told if first is None else f"{told}, first at step {first}"
+            text += "" if self.ratios[name] > 1 else ", and logits that are not finite"
+        return text + _first_step(self.run.metrics.get(f"parity/{name}/ratio", []), 1)
 
 
-def _ratio(value: float | None) -> float:
-    """A ratio as results.json holds it: null where it was not finite."""
-    return value if value is not None and math.isfinite(value) else math.inf
+def _first_step(series: Series, bound: float) -> str:
+    """The first step at which a series is beyond a bound, as the end of a sentence."""
+    step = first_beyond(series, bound)
+    return "" if step is None else f", first at step {step}"
 
 
-def largest_ratios(checked: Iterable[Lockstep]) -> dict[str, float]:
+def largest_ratios(checked: Sequence[Lockstep]) -> dict[str, float]:
     """The largest ratio of each formulation over some runs."""
-    worst: dict[str, float] = {}
-    for found in checked:
-        for name, ratio in found.ratios.items():
-            worst[name] = max(worst.get(name, 0.0), ratio)
-    return dict(sorted(worst.items()))
+    names = sorted({name for lockstep in checked for name in lockstep.ratios})
+    return {name: max(lockstep.ratios.get(name, 0.0) for lockstep in checked) for name in names}
 
 
-def judge(runs: Sequence[Run], pairs: Sequence[Pair], seeds: Sequence[float]) -> Verdict:
-    """Say whether the formulations match.
+def judge(runs: Sequence[Run], pairs: Sequence[Pair], seed_drift: Sequence[float]) -> Verdict:
+    """Judge whether the formulations match.
 
     Args:
         runs: Every run; one that its parity checks stopped counts as much as a completed one.
         pairs: Runs that should take the same steps.
-        seeds: Relative differences of the final test loss between seeds.
+        seed_drift: Relative differences of the final test loss between seeds.
     """
-    verdict = Verdict("not checked", {}, [], [], [])
-    _lockstep([found for run in runs if (found := Lockstep.of(run)).checks], verdict)
+    ways = {"lockstep": "not checked", "float64": "not measured", "lower precision": "not measured"}
+    verdict = Verdict("not checked", ways, [], [], [])
+    _lockstep([lockstep for run in runs if (lockstep := Lockstep.from_run(run)).checks], verdict)
     _float64([pair for pair in pairs if pair.precision == EXACT], verdict)
-    _lower_precision([pair for pair in pairs if pair.precision != EXACT], seeds, verdict)
+    _lower_precision([pair for pair in pairs if pair.precision != EXACT], seed_drift, verdict)
     _promised_bits(pairs, verdict)
-    of = Counter(f"{pair.what}, {pair.precision}" for pair in pairs)
-    same = Counter(f"{pair.what}, {pair.precision}" for pair in pairs if pair.bitwise)
-    if same:
-        told = [f"{what} ({count} of {of[what]} seeds)" for what, count in same.items()]
-        verdict.lines.append(f"Bitwise equal losses at every step: {listed(told, '; ')}.")
+    seeds = Counter(f"{pair.name}, {pair.precision}" for pair in pairs)
+    bitwise = Counter(f"{pair.name}, {pair.precision}" for pair in pairs if pair.bitwise)
+    if bitwise:
+        equal = [f"{name} ({count} of {seeds[name]} seeds)" for name, count in bitwise.items()]
+        verdict.lines.append(f"Bitwise equal losses at every step: {listed(equal, '; ')}.")
     if verdict.wrong:
         verdict.word = "differs"
     elif verdict.ways["lockstep"] == "match":
@@ -164,18 +143,17 @@ def listed(names: Sequence[str], separator: str = ", ") -> str:
 
 
 def _lockstep(checked: Sequence[Lockstep], verdict: Verdict) -> None:
-    wrong = [(found, name) for found in checked for name in found.disagreeing]
-    names = [f"{name} in {found.run.name}" for found, name in wrong]
-    completed = sum(found.run.completed for found in checked)
+    """Judge the parity checks: the formulations on the same logits."""
     if not checked:
-        verdict.ways["lockstep"] = "not checked"
         verdict.lines.append("Lockstep: not checked.")
         return
+    wrong = [(lockstep, name) for lockstep in checked for name in lockstep.disagreeing]
+    names = [f"{name} in {lockstep.run.name}" for lockstep, name in wrong]
+    broken_off = sum(not lockstep.run.completed for lockstep in checked)
     # What a run left that broke off proves a difference, but no match.
-    state = "differs" if wrong else ("match" if completed else "no completed run")
-    verdict.ways["lockstep"] = state
-    checks = sum(found.checks for found in checked)
-    broken_off = len(checked) - completed
+    agreed = "match" if broken_off < len(checked) else "no completed run"
+    state = "differs" if wrong else agreed
+    checks = sum(lockstep.checks for lockstep in checked)
     line = (
         f"Lockstep (same logits, {checks} checks in {len(checked)} runs"
         + (f", {broken_off} of them not completed" if broken_off else "")
@@ -184,72 +162,70 @@ def _lockstep(checked: Sequence[Lockstep], verdict: Verdict) -> None:
     ratios = [f"{name} {ratio:.2g}" for name, ratio in largest_ratios(checked).items()]
     if ratios:
         line += f" Largest error over its bound: {', '.join(ratios)}."
-    left_out: dict[str, int] = {}
-    for found in checked:
-        for name, rows in found.left_out.items():
-            left_out[name] = left_out.get(name, 0) + rows
+    left_out: Counter[str] = Counter()
+    for lockstep in checked:
+        left_out.update(lockstep.left_out)
     if left_out:
-        rows_told = ", ".join(f"{name} {rows}" for name, rows in sorted(left_out.items()))
-        line += f" Rows beyond a formulation's domain, not judged: {rows_told}."
+        rows = ", ".join(f"{name} {count}" for name, count in sorted(left_out.items()))
+        line += f" Rows beyond a formulation's domain, not judged: {rows}."
+    verdict.ways["lockstep"] = state
     verdict.lines.append(line)
     verdict.wrong += names
-    verdict.where += [found.where(name) for found, name in wrong]
+    verdict.where += [lockstep.describe(name) for lockstep, name in wrong]
 
 
 def _float64(pairs: Sequence[Pair], verdict: Verdict) -> None:
+    """Judge the trajectories of float64 runs against their bound."""
     if not pairs:
-        verdict.ways["float64"] = "not measured"
         verdict.lines.append("Trajectories in float64: not measured.")
         return
-    beyond = [pair for pair in pairs if pair.worst is not None and not pair.worst <= FLOAT64_BOUND]
-    compared = [pair for pair in pairs if pair.apart or pair in beyond]
-    without = [pair.label for pair in pairs if not pair.apart]
+    beyond = [pair for pair in pairs if (pair.largest or 0) > FLOAT64_BOUND]
+    compared = [pair for pair in pairs if pair.differences or pair in beyond]
+    without = [pair.label for pair in pairs if not pair.differences]
     state = "differs" if beyond else ("match" if compared else "not comparable")
-    verdict.ways["float64"] = state
     line = f"Trajectories in float64 ({len(compared)} pairs of runs): {state}."
-    worst = largest(pair.worst for pair in compared if pair.worst is not None)
-    if worst is not None:
+    if compared:
+        worst = max(pair.largest or 0 for pair in compared)
         line += f" Largest relative difference {worst:.2g}, bound {FLOAT64_BOUND:g}."
     if without:
         line += f" Not comparable, without a step in common: {listed(without, '; ')}."
+    verdict.ways["float64"] = state
     verdict.lines.append(line)
     verdict.wrong += [f"{pair.label} (float64)" for pair in beyond]
-    for pair in beyond:
-        told = f"{pair.label} (float64): relative difference up to {pair.worst:.2g}"
-        first = pair.first_beyond(FLOAT64_BOUND)
-        verdict.where.append(told if first is None else f"{told}, first at step {first}")
+    verdict.where += [
+        f"{pair.label} (float64): relative difference up to {pair.largest:.2g}"
+        + _first_step(pair.differences, FLOAT64_BOUND)
+        for pair in beyond
+    ]
 
 
-def _lower_precision(pairs: Sequence[Pair], seeds: Sequence[float], verdict: Verdict) -> None:
-    verdict.ways["lower precision"] = "not measured"
+def _lower_precision(pairs: Sequence[Pair], seed_drift: Sequence[float], verdict: Verdict) -> None:
+    """Report the drift in lower precision beside the differences between seeds."""
+    seeds = f"between seeds {_drift(seed_drift)}" if seed_drift else "no two seeds to compare with"
     for kind in (FORMULATIONS, WORLD_SIZES):
-        drift = [
-            pair.test_loss for pair in pairs if pair.kind == kind and pair.test_loss is not None
-        ]
+        drift = [p.test_loss for p in pairs if p.kind == kind and p.test_loss is not None]
         if drift:
-            beside = f"between seeds {_drift(seeds)}" if seeds else "no two seeds to compare with"
             verdict.ways["lower precision"] = "reported"
             verdict.lines.append(
                 f"Drift in lower precision, {kind} (final test loss, {len(drift)} pairs): largest "
-                f"relative difference {_drift(drift)}; {beside}. Rounding that training "
+                f"relative difference {_drift(drift)}; {seeds}. Rounding that training "
                 "amplifies: never judged."
             )
 
 
 def _promised_bits(pairs: Sequence[Pair], verdict: Verdict) -> None:
-    """Runs on other numbers of devices with trainer.reduction=bitwise, and other bits."""
+    """Judge runs with trainer.reduction=bitwise on other numbers of devices: same bits?"""
     for pair in pairs:
-        first = next((step for step, value in pair.apart if value != 0), None)
-        if pair.other_bits is None or first is None:
+        first = first_beyond(pair.differences, 0)
+        if pair.causes is None or first is None:
             continue
-        why = f"they differ in {', '.join(pair.other_bits)}" if pair.other_bits else "unexplained"
-        verdict.lines.append(
-            f"Other bits in spite of trainer.reduction=bitwise: {pair.label} ({why})."
-        )
-        if not pair.other_bits:
+        why = f"they differ in {', '.join(pair.causes)}" if pair.causes else "unexplained"
+        line = f"Other bits in spite of trainer.reduction=bitwise: {pair.label} ({why})."
+        verdict.lines.append(line)
+        if not pair.causes:
             verdict.wrong.append(f"{pair.label} (bits)")
             verdict.where.append(f"{pair.label} (bits): first at step {first}")
 
 
 def _drift(differences: Sequence[float]) -> str:
-    return f"{largest(differences):.2g} ({statistics.fmean(differences):.2g} on average)"
+    return f"{maximum(differences):.2g} ({statistics.fmean(differences):.2g} on average)"

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from equiloss import randomness
-from equiloss.data.sampler import shard_rows, shards_of_rank
+from equiloss.data.sampler import part_of
 from equiloss.distributed import collectives
 from equiloss.errors import ConfigError
 from equiloss.losses import reduction
-from equiloss.training.step import GlobalStep
+from equiloss.losses.projection import Outputs, joined
+from equiloss.training.step import Accumulated
 
 if TYPE_CHECKING:
     from equiloss.data.sources import Batch
@@ -76,62 +77,70 @@ def tree_sum_over_ranks(terms: Iterable[Tensor], shards: int) -> Tensor:
     return value
 
 
-class BitwiseStep(GlobalStep):
-    """Takes optimizer steps that are the same to the bit on any number of devices.
+class Shards:
+    """Gives parameters the gradient of a global batch, the same to the bit on any devices.
 
     Args:
         module: The classifier.
         shards: V, virtual shards of a global batch.
-        clip_norm: Largest 2-norm of the gradient, or None.
     """
 
-    def __init__(self, module: Classifier, shards: int, clip_norm: float | None) -> None:
-        super().__init__(module, None, clip_norm)
+    def __init__(self, module: Classifier, shards: int) -> None:
+        self.module = module
         self.shards = shards
 
-    def check(self) -> None:
-        """Refuse what makes bits depend on the ranks; every rank must call it.
-
-        Raises:
-            ConfigError: for ranks with different numbers of CPU threads.
-        """
-        threads = collectives.gather_objects(torch.get_num_threads())
-        if len(set(threads)) > 1:
-            raise ConfigError(
-                f"trainer.reduction=bitwise needs the same number of CPU threads on every rank, "
-                f"and they have {', '.join(map(str, threads))}: set trainer.threads"
-            )
-
-    def _accumulate(self, batch: Batch) -> None:
+    def __call__(self, batch: Batch) -> Accumulated:
+        """Forward and backward for this rank's shards; every rank must call it."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        mine = shards_of_rank(self.shards, self.module.global_rank, collectives.world_size())
-        leaves = (self._leaf(batch, shard, parameters) for shard in mine)
+        kept: list[Outputs] = []
+        leaves = (self._leaf(batch, shard, parameters, kept) for shard in self._mine)
         total, mass, gradient = tree_sum_over_ranks(leaves, self.shards).tensor_split((1, 2))
-        self._total = collectives.PendingSum(total.squeeze(0), None)
-        self._mass = mass.squeeze(0)
+        mass = mass.squeeze(0)
         sizes = [parameter.numel() for parameter in parameters]
         for parameter, part in zip(parameters, torch.split(gradient, sizes), strict=True):
-            mean = reduction.mean(part, self._mass)
+            mean = reduction.mean(part, mass)
             parameter.grad = mean.view_as(parameter).to(parameter.dtype)
+        pending = collectives.PendingSum(total.squeeze(0), None)
+        return Accumulated(pending, mass, joined(kept), batch.target)
 
-    def _leaf(self, batch: Batch, shard: int, parameters: Sequence[Tensor]) -> Tensor:
+    @property
+    def _mine(self) -> range:
+        world_size = collectives.world_size()
+        return range(self.shards)[part_of(self.shards, self.module.global_rank, world_size)]
+
+    def _leaf(
+        self, batch: Batch, shard: int, parameters: Sequence[Tensor], kept: list[Outputs]
+    ) -> Tensor:
         """One shard's sum of losses, mass and gradient, in one vector."""
         module, criterion = self.module, self.module.criterion
-        rows = shard_rows(batch.rows, self.shards, shard)
-        first = shard_rows(batch.rows, self.shards, self._first_shard()).start
+        rows = part_of(batch.rows, shard, self.shards)
+        first = part_of(batch.rows, self._mine.start, self.shards).start
         here = slice(rows.start - first, rows.stop - first)
         images, target, index = (field[here] for field in (batch.images, batch.target, batch.index))
         # For layers that draw from the generator; our own dropout belongs to the samples.
-        randomness.seed_shard(module.config.seed, module.step_index, shard, module.device)
-        with module.rows.of(index, batch.epoch):
+        randomness.seed_shard(module.config.seed, module.global_step, shard, module.device)
+        with module.row_keys.bound_to(index, batch.epoch):
             outputs = module.outputs(images)  # [n, C, H, W] -> [n, K]
             part = criterion(outputs, target)
-            self._keep(outputs)
+            kept.append(outputs.detached())
             gradients = torch.autograd.grad(part.total, parameters, materialize_grads=True)
         numbers = (part.total.detach(), part.mass)
         return torch.cat(
             [*(number.view(1) for number in numbers), *(part.flatten() for part in gradients)]
         )
 
-    def _first_shard(self) -> int:
-        return shards_of_rank(self.shards, self.module.global_rank, collectives.world_size()).start
+
+def check_threads() -> None:
+    """Refuse ranks with different numbers of CPU threads, which add in different orders.
+
+    Every rank must call it.
+
+    Raises:
+        ConfigError: naming the numbers.
+    """
+    threads = collectives.gather_objects(torch.get_num_threads())
+    if len(set(threads)) > 1:
+        raise ConfigError(
+            f"trainer.reduction=bitwise needs the same number of CPU threads on every rank, "
+            f"and they have {', '.join(map(str, threads))}: set trainer.threads"
+        )

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from equiloss.config import CheckpointConfig
 from equiloss.errors import CheckpointError
 from equiloss.records.atomic import write_atomically
-from equiloss.records.run_dir import INDEX
+from equiloss.records.run_dir import BEST, INDEX, LAST
 from equiloss.training.state import RunState
 
 if TYPE_CHECKING:
@@ -105,18 +105,27 @@ class Checkpoints(Checkpoint):
         self.metrics = metrics
         self.best: float | None = None
         """The best value of the monitored metric so far."""
+        # A file of that name may be of another run.
+        self._has_best = False
         self._saved_step = -1
         self._stopping = False
 
     @property
     def best_path(self) -> Path:
         """Weights with the best monitored metric."""
-        return self.directory / "best.ckpt"
+        return self.directory / BEST
 
     @property
     def last_path(self) -> Path:
         """Full state of the newest step saved."""
-        return self.directory / "last.ckpt"
+        return self.directory / LAST
+
+    def saved_step(self) -> int | None:
+        """Optimizer steps of the run when it was last saved; None if it was not."""
+        if not self.last_path.is_file():
+            return None
+        step: int = AtomicCheckpointIO().load_checkpoint(self.last_path)["global_step"]
+        return step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save the state every so many steps."""
@@ -128,12 +137,13 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
         """Save the weights if the monitored metric is the best so far."""
-        value = pl_module.scalars[self.config.monitor]
+        value = pl_module.progress.scalars[self.config.monitor]
         sign = 1 if self.config.mode == "min" else -1
         better = self.best is None or sign * value < sign * self.best
         if math.isnan(value):
-            better = self.best is None and not self.best_path.exists()
+            better = not self._has_best
         if better:
+            self._has_best = True
             self.best = None if math.isnan(value) else value
             trainer.save_checkpoint(self.best_path, weights_only=True)
 
@@ -152,6 +162,7 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.best = state_dict["best"]
+        self._has_best = self.best_path.exists()
         self._stopping = state_dict["stopping"]
         self.metrics.continue_after(state_dict["rows"])
 
@@ -191,7 +202,7 @@ def load_weights(module: Classifier, path: Path) -> dict[str, float]:
         raise CheckpointError(
             f"{path} does not fit model {module.config.model.name!r}: {first}"
         ) from error
-    return {name: value for name, value in state.scalars.items() if name.startswith("val/")}
+    return state.progress.of_split("val")
 
 
 def _digest(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -18,15 +17,12 @@ from equiloss.config import Config
 from equiloss.data.datasets import Batch
 from equiloss.distributed import collectives
 from equiloss.losses.criterion import Criterion
-from equiloss.losses.projection import Projection
+from equiloss.losses.projection import Logits, Outputs, Projection
 from equiloss.models.dropout import RowKeys
-from equiloss.training import optim
-from equiloss.training.bitwise import BitwiseStep
+from equiloss.training import bitwise, optim
 from equiloss.training.metrics import Evaluated, EvaluationMetric
-from equiloss.training.state import RunState
-from equiloss.training.step import GlobalStep, StepOutcome
-
-COUNTS = ("train_seen", "skipped_steps", "zero_mass_steps", "train_seconds", "validated_step")
+from equiloss.training.state import Clock, Progress, RunState
+from equiloss.training.step import GlobalStep, MicroBatches, StepOutcome
 
 
 class Classifier(LightningModule):
@@ -36,9 +32,10 @@ class Classifier(LightningModule):
         model: Network, images [N, C, H, W] -> logits [N, K].
         criterion: Loss with its options.
         config: The run's configuration.
-        rows: What the network's dropout layers are told of the rows under way.
+        row_keys: Keys from which the network's dropout layers draw their masks.
         num_classes: K.
         split_sizes: Samples of the `train`, `val` and `test` split.
+        total_steps: Optimizer steps of a run that goes to its end.
     """
 
     def __init__(
@@ -47,9 +44,10 @@ class Classifier(LightningModule):
         criterion: Criterion,
         config: Config,
         *,
-        rows: RowKeys,
+        row_keys: RowKeys,
         num_classes: int,
         split_sizes: dict[str, int],
+        total_steps: int,
     ) -> None:
         super().__init__()
         # Gradients are summed over micro-batches and ranks by `GlobalStep`, not by Lightning.
@@ -57,44 +55,31 @@ class Classifier(LightningModule):
         self.model = model
         self.criterion = criterion
         self.config = config
-        self.rows = rows
+        self.row_keys = row_keys
         self.split_sizes = split_sizes
+        self.total_steps = total_steps
         self.evaluation = EvaluationMetric(num_classes, criterion.ignore_index)
-        clip_norm = config.optimizer.gradient_clip_norm
-        self.step = (
-            BitwiseStep(self, config.trainer.shards, clip_norm)
+        accumulate = (
+            bitwise.Shards(self, config.trainer.shards)
             if config.trainer.reduction == "bitwise"
-            else GlobalStep(self, config.trainer.micro_batch_size, clip_norm)
+            else MicroBatches(self, config.trainer.micro_batch_size)
         )
-        self.scalars: dict[str, float] = {}
-        """The newest value of every metric, by its logged name."""
+        self.step = GlobalStep(self, accumulate, config.optimizer.gradient_clip_norm)
+        self.progress = Progress()
+        self.clock = Clock()
         self.evaluated: dict[str, Evaluated] = {}
         """The newest evaluation of each split."""
-        self.samples: dict[str, int] = {}
-        """Samples evaluated of each split, in its newest evaluation."""
-        self.segments: list[dict[str, int]] = []
-        """From which step on how many ranks trained."""
-        self.validated_step = -1
-        """Optimizer steps taken when the newest validation ended."""
-        self.training_began = 0.0
-        """Reading of time.perf_counter when training began."""
-        self.train_seen = 0
-        self.skipped_steps = 0
-        self.zero_mass_steps = 0
-        self.train_seconds = 0.0
-        self._since = (0.0, 0)
-        self._saved: RunState | None = None
+        self._resumed: RunState | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: [N, C, H, W] -> [N, K]."""
         logits: Tensor = self.model(images)
         return logits
 
-    def outputs(self, images: Tensor) -> Tensor | Projection:
+    def outputs(self, images: Tensor) -> Outputs:
         """What the loss asks for: logits [N, K], or the head's input and the head."""
         if not self.criterion.signature.wants_features:
-            logits: Tensor = self.model(images)
-            return logits
+            return Logits(self.model(images))
         features: Any = self.model.forward_features
         head: Any = self.model.head
         return Projection(features(images), head.weight, head.bias)
@@ -104,11 +89,6 @@ class Classifier(LightningModule):
         """The dtype in which losses are computed and summed."""
         assert isinstance(self.dtype, torch.dtype)
         return torch.promote_types(self.dtype, torch.float32)
-
-    @property
-    def step_index(self) -> int:
-        """Index of the optimizer step under way; the first is 0."""
-        return self.global_step
 
     @property
     def the_optimizer(self) -> LightningOptimizer:
@@ -125,57 +105,54 @@ class Classifier(LightningModule):
                 f"the process group has {real} ranks, Lightning counts {asked}, and "
                 f"trainer.devices is {self.config.trainer.devices}"
             )
-        self.step.check()
+        if self.config.trainer.reduction == "bitwise":
+            bitwise.check_threads()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer and schedule over the run's own number of steps."""
         optimizer = optim.build_optimizer(self.config.optimizer, self)
-        steps = optim.total_steps(
-            self.config.trainer,
-            train_samples=self.split_sizes["train"],
-            batch_size=self.config.data.batch_size,
+        scheduler = optim.build_scheduler(
+            self.config.scheduler, optimizer, total_steps=self.total_steps
         )
-        scheduler = optim.build_scheduler(self.config.scheduler, optimizer, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_train_start(self) -> None:
-        """Note when and from where training began, on how many ranks."""
-        self.training_began = time.perf_counter()
-        self.segments.append({"from_step": self.step_index, "world_size": collectives.world_size()})
+        """Note from where training goes on, on how many ranks, and put the generators back."""
+        world_size = collectives.world_size()
+        self.progress.segments.append({"from_step": self.global_step, "world_size": world_size})
         # A run that continues inside an epoch does not start the epoch again.
         self.on_train_epoch_start()
-        if self._saved is not None and len(self._saved.rng) == collectives.world_size():
-            randomness.restore(self._saved.rng[self.global_rank], self.device)
-        elif self._saved is not None or self.global_rank > 0:
+        if self._resumed is not None and len(self._resumed.rng) == world_size:
+            randomness.restore(self._resumed.rng[self.global_rank], self.device)
+        elif self._resumed is not None or self.global_rank > 0:
             # Ranks that draw by batch must not draw the same.
-            randomness.seed_rank(self.config.seed, self.step_index, self.global_rank)
-        self._saved = None
+            randomness.seed_rank(self.config.seed, self.global_step, self.global_rank)
+        self._resumed = None
 
     def on_train_epoch_start(self) -> None:
-        """Start the clock: it measures training without the evaluations between epochs."""
-        self._since = (time.perf_counter(), self.train_seen)
+        """Start the clock."""
+        self.clock.start(self.progress.counts)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, StepOutcome]:
         """One optimizer step on this rank's slice of the global batch."""
-        step = self.step_index
+        step, counts = self.global_step, self.progress.counts
         outcome = self.step.take(batch)
         lr = self.the_optimizer.param_groups[0]["lr"]
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LRScheduler)
         scheduler.step()
 
-        size = self.config.data.batch_size
-        self.train_seen += min(size, self.split_sizes["train"] - batch_idx * size)
-        self.skipped_steps += outcome.skipped
-        self.zero_mass_steps += outcome.mass == 0
+        counts.train_seen += batch.rows
+        counts.skipped_steps += outcome.skipped
+        counts.zero_mass_steps += outcome.mass == 0
         if step % self.config.trainer.log_every_n_steps == 0:
             self.record(
                 {
                     "train/loss": outcome.loss,
                     "train/grad_norm": outcome.grad_norm,
                     "train/lr": lr,
-                    "train/samples_per_s": self._throughput(),
-                    "train/skipped_steps": float(self.skipped_steps),
+                    "train/samples_per_s": self.clock.lap(counts),
+                    "train/skipped_steps": float(counts.skipped_steps),
                 },
                 step,
             )
@@ -188,11 +165,12 @@ class Classifier(LightningModule):
     def on_validation_start(self) -> None:
         """Stop the clock."""
         if self.trainer.state.fn == "fit":
-            self._throughput()
+            self.clock.lap(self.progress.counts)
 
     def on_validation_end(self) -> None:
         """Start the clock again."""
-        self._since = (time.perf_counter(), self.train_seen)
+        if self.trainer.state.fn == "fit":
+            self.clock.start(self.progress.counts)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Evaluate this rank's slice of an evaluation batch."""
@@ -205,7 +183,7 @@ class Classifier(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Work out the validation metrics over all ranks."""
         self._finish_evaluation("val")
-        self.validated_step = self.global_step
+        self.progress.counts.validated_step = self.global_step
 
     def on_test_epoch_end(self) -> None:
         """Work out the test metrics over all ranks."""
@@ -213,13 +191,9 @@ class Classifier(LightningModule):
 
     def record(self, scalars: dict[str, float], step: int) -> None:
         """Hand named values of an optimizer step to every logger, in full precision."""
-        self.scalars.update(scalars)
+        self.progress.scalars.update(scalars)
         for logger in self.loggers:
             logger.log_metrics(scalars, step)
-
-    def split_scalars(self, split: str) -> dict[str, float]:
-        """The newest values of one split, by their logged names."""
-        return {n: value for n, value in self.scalars.items() if n.startswith(f"{split}/")}
 
     def run_state(self) -> RunState:
         """What a checkpoint says of the run; every rank must call it."""
@@ -227,10 +201,7 @@ class Classifier(LightningModule):
             num_classes=self.evaluation.num_classes,
             split_sizes=self.split_sizes,
             loss={"name": self.criterion.name, "options": self.criterion.options},
-            scalars=self.scalars,
-            samples=self.samples,
-            counts={name: getattr(self, name) for name in COUNTS},
-            segments=self.segments,
+            progress=self.progress,
             rng=collectives.gather_objects(randomness.state(self.device)),
         )
 
@@ -240,19 +211,14 @@ class Classifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint ended, or refuse to."""
-        saved = RunState.load(checkpoint)
-        saved.check_same_run(self.run_state())
-        for name, value in saved.counts.items():
-            setattr(self, name, value)
-        self.scalars = saved.scalars
-        self.samples = saved.samples
-        self.segments = saved.segments
-        self._saved = saved
+        self._resumed = RunState.load(checkpoint)
+        self._resumed.check_same_run(self.run_state())
+        self.progress = self._resumed.progress
 
     def _evaluate(self, batch: Batch) -> Tensor:
         outputs = self.outputs(batch.images)
         # Ranks of classes and calibration are figures of the logits, whatever the loss takes.
-        logits = outputs.logits() if isinstance(outputs, Projection) else outputs
+        logits = outputs.logits()
         self.evaluation.update(logits, batch.target, self.criterion(outputs, batch.target))
         return logits
 
@@ -265,16 +231,8 @@ class Classifier(LightningModule):
                 "each must be evaluated exactly once"
             )
         self.evaluated[split] = result
-        self.samples[split] = result.samples
+        self.progress.samples[split] = result.samples
         scalars = {f"{split}/{name}": value for name, value in result.scalars.items()}
-        self.record(scalars, max(self.step_index - 1, 0))
+        self.record(scalars, max(self.global_step - 1, 0))
         # For callbacks that monitor a metric. The values are the same on every rank already.
         self.log_dict(scalars, logger=False)
-
-    def _throughput(self) -> float:
-        """Samples per second over all ranks since the last call."""
-        now = time.perf_counter()
-        then, seen = self._since
-        self._since = (now, self.train_seen)
-        self.train_seconds += now - then
-        return (self.train_seen - seen) / (now - then) if now > then else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +33,8 @@ class EvaluationFigures(Callback):
         self.splits = splits
         self._worst = torch.empty(0, 4, dtype=torch.float64)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Classifier,  # type: ignore[override]
-        outputs: Tensor,  # type: ignore[override]
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_test_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Classifier, outputs: Tensor, batch: Batch, *_: Any
     ) -> None:
         """Keep the rows with the largest negative log-likelihood."""
         logits, target = outputs.float(), batch.target
@@ -61,8 +55,8 @@ class EvaluationFigures(Callback):
         self._worst = torch.empty(0, 4, dtype=torch.float64)
         if not trainer.is_global_zero:
             return
-        confusion = pl_module.evaluated["test"].confusion.cpu()
-        step = max(pl_module.step_index - 1, 0)
+        confusion = pl_module.evaluated["test"].confusion.tolist()
+        step = max(pl_module.global_step - 1, 0)
         for logger in trainer.loggers:
             if isinstance(logger, RunTensorBoard):
                 names = self.splits.class_names

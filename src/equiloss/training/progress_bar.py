@@ -1,8 +1,7 @@
-"""What a person sees of a run while it goes on."""
+"""Progress bar, and a line for each epoch where there is no terminal."""
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
@@ -12,11 +11,6 @@ if TYPE_CHECKING:
     from equiloss.training.classifier import Classifier
 
 SHOWN = ("train/loss", "val/loss", "val/acc")
-
-
-def is_live() -> bool:
-    """Whether a bar that redraws itself has a terminal to do so."""
-    return sys.stdout.isatty()
 
 
 class LiveProgress(RichProgressBar):
@@ -38,4 +32,5 @@ class EpochLines(Callback):
 
 
 def _shown(classifier: Classifier) -> list[tuple[str, float]]:
-    return [(name, classifier.scalars[name]) for name in SHOWN if name in classifier.scalars]
+    scalars = classifier.progress.scalars
+    return [(name, scalars[name]) for name in SHOWN if name in scalars]

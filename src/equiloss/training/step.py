@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,11 +26,25 @@ from torch.optim import Optimizer
 from equiloss.distributed import collectives
 from equiloss.errors import NonFiniteError
 from equiloss.losses import reduction, registry
-from equiloss.losses.projection import Projection
+from equiloss.losses.projection import Outputs, joined
 
 if TYPE_CHECKING:
     from equiloss.data.sources import Batch
     from equiloss.training.classifier import Classifier
+
+
+@dataclass
+class Accumulated:
+    """What the passes of one step have added up, when the parameters have their gradient."""
+
+    total: collectives.PendingSum
+    """Sum of the losses of the global batch, in nats; it may still be on its way."""
+    mass: Tensor
+    """Mass of the global batch, 0-dim."""
+    outputs: Outputs
+    """The network's outputs for this rank's rows, without their graph."""
+    target: Tensor
+    """This rank's targets [n] or [n, K]."""
 
 
 class StepOutcome(NamedTuple):
@@ -42,12 +58,53 @@ class StepOutcome(NamedTuple):
     """2-norm of the synchronised gradient before clipping."""
     skipped: bool
     """Whether the gradient scaler of 16-mixed held the optimizer back."""
-    outputs: Tensor | Projection | None
-    """This rank's logits [n, K], or what they are made from as this step saw it; detached.
 
-    None where there are only features and nobody asked to keep them."""
-    target: Tensor
-    """This rank's targets [n] or [n, K]."""
+
+class MicroBatches:
+    """Gives parameters the gradient of a global batch, in forward passes of so many rows.
+
+    Args:
+        module: The classifier.
+        size: Largest number of rows per forward pass, or None.
+    """
+
+    def __init__(self, module: Classifier, size: int | None) -> None:
+        self.module = module
+        self.size = size
+
+    def __call__(self, batch: Batch) -> Accumulated:
+        """Forward and backward for this rank's slice; every rank must call it."""
+        module, criterion = self.module, self.module.criterion
+        pending = collectives.start_sum(criterion.mass(batch.target, module.loss_dtype))
+        size = self.size or max(len(batch.target), 1)
+        fields = (batch.images, batch.target, batch.index)
+        parts = list(zip(*(torch.split(field, size) for field in fields), strict=True))
+        total = torch.zeros((), dtype=module.loss_dtype, device=batch.target.device)
+        kept = []
+        for number, (images, target, index) in enumerate(parts, start=1):
+            last = number == len(parts)
+            # Gradients travel once per step: with the last micro-batch.
+            with (
+                contextlib.nullcontext() if last else self._gradients_stay(),
+                module.row_keys.bound_to(index, batch.epoch),
+            ):
+                outputs = module.outputs(images)  # [n, C, H, W] -> [n, K]
+                part = criterion(outputs, target)
+                kept.append(outputs.detached())
+                total = total + part.total.detach()
+                if number == 1:
+                    mass = pending.wait()
+                if last:
+                    # The log and the guard need the global loss: it travels during backward.
+                    travelling = collectives.start_sum(total)
+                module.manual_backward(reduction.rank_loss(part.total, mass))
+        return Accumulated(travelling, mass, joined(kept), batch.target)
+
+    def _gradients_stay(self) -> contextlib.AbstractContextManager[None]:
+        strategy = self.module.trainer.strategy
+        if isinstance(strategy, ParallelStrategy):
+            return strategy.block_backward_sync()
+        return contextlib.nullcontext()
 
 
 class GlobalStep:
@@ -55,26 +112,22 @@ class GlobalStep:
 
     Args:
         module: The classifier; its criterion, optimizer and trainer are used.
-        micro_batch_size: Largest number of rows per forward pass, or None.
+        accumulate: Gives the parameters the gradient of a global batch.
         clip_norm: Largest 2-norm of the gradient, or None.
     """
 
     def __init__(
-        self, module: Classifier, micro_batch_size: int | None, clip_norm: float | None
+        self,
+        module: Classifier,
+        accumulate: Callable[[Batch], Accumulated],
+        clip_norm: float | None,
     ) -> None:
         self.module = module
-        self.micro_batch_size = micro_batch_size
+        self.accumulate = accumulate
         self.clip_norm = clip_norm
-        self.keep_head = False
-        """Whether the next outcome holds a copy of the head, for a loss that takes features."""
-        self._parts: list[Tensor | Projection] = []
-        self._target: Tensor
-        self._total: collectives.PendingSum
-        self._mass: Tensor
-        self._seen = (math.nan, math.nan, math.nan)
-
-    def check(self) -> None:
-        """Refuse what such steps cannot keep their promise with; every rank must call it."""
+        self.accumulated: Accumulated | None = None
+        """Of the step under way, from its backward pass to the optimizer's own step."""
+        self._outcome: StepOutcome | None = None
 
     def take(self, batch: Batch) -> StepOutcome:
         """Forward, backward and optimizer step for this rank's slice of a global batch.
@@ -87,50 +140,11 @@ class GlobalStep:
         """
         optimizer = self.module.the_optimizer
         optimizer.zero_grad()
-        self._parts, self._target = [], batch.target
-        self._accumulate(batch)
-        seen: Tensor | Projection | None = _joined(self._parts)
-        if isinstance(seen, Projection):
-            # The optimizer is about to change the head; a copy costs as much memory as it does.
-            seen = seen.snapshot() if self.keep_head else None
+        self.accumulated = self.accumulate(batch)
         optimizer.step()  # calls guard()
-
-        loss, grad_norm, mass = self._seen
-        self._parts = []
-        return StepOutcome(loss, mass, grad_norm, not math.isfinite(grad_norm), seen, batch.target)
-
-    def _accumulate(self, batch: Batch) -> None:
-        """Give the parameters their gradient, and the step the global batch's sums."""
-        module, criterion = self.module, self.module.criterion
-        pending = collectives.start_sum(criterion.mass(batch.target, module.loss_dtype))
-        size = self.micro_batch_size or max(len(batch.target), 1)
-        fields = (batch.images, batch.target, batch.index)
-        parts = list(zip(*(torch.split(field, size) for field in fields), strict=True))
-        total = torch.zeros((), dtype=module.loss_dtype, device=batch.target.device)
-        for number, (images, target, index) in enumerate(parts, start=1):
-            last = number == len(parts)
-            # Gradients travel once per step: with the last micro-batch.
-            with (
-                contextlib.nullcontext() if last else self._gradients_stay(),
-                module.rows.of(index, batch.epoch),
-            ):
-                outputs = module.outputs(images)  # [n, C, H, W] -> [n, K]
-                part = criterion(outputs, target)
-                self._keep(outputs)
-                total = total + part.total.detach()
-                if number == 1:
-                    self._mass = pending.wait()
-                if last:
-                    # The log and the guard need the global loss: it travels during backward.
-                    self._total = collectives.start_sum(total)
-                module.manual_backward(reduction.rank_loss(part.total, self._mass))
-
-    def _keep(self, outputs: Tensor | Projection) -> None:
-        """Remember a part of the batch's outputs, without its graph."""
-        if isinstance(outputs, Projection):
-            self._parts.append(outputs._replace(features=outputs.features.detach()))
-        else:
-            self._parts.append(outputs.detach())
+        self.accumulated = None
+        assert self._outcome is not None
+        return self._outcome
 
     def guard(self, optimizer: Optimizer) -> None:
         """Clip the synchronised, unscaled gradient and refuse one that is not finite.
@@ -138,39 +152,34 @@ class GlobalStep:
         Called between the backward pass and the optimizer's own step. It reads loss and norm on
         the host, the only wait for the device in a step. Both are the same on every rank.
         """
+        assert self.accumulated is not None
+        mass = self.accumulated.mass
         parameters = [
             p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        loss = reduction.mean(self._total.wait(), self._mass)
-        values = torch.stack([loss.double(), norm.double(), self._mass.double()]).tolist()
-        self._seen = (values[0], values[1], values[2])
-        if not all(map(math.isfinite, self._seen[:2])):
-            if self._scaler_will_skip() and math.isfinite(self._seen[0]):
+        mean = reduction.mean(self.accumulated.total.wait(), mass)
+        values = torch.stack([mean.double(), norm.double(), mass.double()]).tolist()
+        loss, grad_norm, total_mass = values
+        finite = math.isfinite(grad_norm)
+        self._outcome = StepOutcome(loss, total_mass, grad_norm, skipped=not finite)
+        if not (finite and math.isfinite(loss)):
+            if self._scaler_will_skip() and math.isfinite(loss):
                 return
-            raise NonFiniteError(self._diagnosis())
+            raise NonFiniteError(self._diagnosis(self.accumulated, self._outcome))
         if self.clip_norm is not None:
             clip_grads_with_norm_(parameters, self.clip_norm, norm)
-
-    def _gradients_stay(self) -> contextlib.AbstractContextManager[None]:
-        strategy = self.module.trainer.strategy
-        if isinstance(strategy, ParallelStrategy):
-            return strategy.block_backward_sync()
-        return contextlib.nullcontext()
 
     def _scaler_will_skip(self) -> bool:
         # float16 overflows in a healthy run: the scaler skips that step and lowers its scale.
         return getattr(self.module.trainer.precision_plugin, "scaler", None) is not None
 
-    def _diagnosis(self) -> str:
+    def _diagnosis(self, accumulated: Accumulated, outcome: StepOutcome) -> str:
         """Say where the number was lost; every rank enters, since every rank saw the norm."""
-        module, criterion = self.module, self.module.criterion
-        outputs = _joined(self._parts)
-        # Logits [n, K]; of a loss that takes features those [n, D].
-        rows = outputs.features if isinstance(outputs, Projection) else outputs
-        rows.requires_grad_()
+        criterion, outputs = self.module.criterion, accumulated.outputs
+        rows = outputs.rows.requires_grad_()
         with torch.enable_grad():
-            losses = criterion.per_sample(outputs, self._target)
+            losses = criterion.per_sample(outputs, accumulated.target)
             (gradient,) = torch.autograd.grad(losses.sum(), rows)
         bad = ~(losses.isfinite() & gradient.isfinite().all(-1))  # [n]
         empty = rows.new_zeros(()).double()
@@ -182,41 +191,31 @@ class GlobalStep:
             ]
         )
         ranks = collectives.gather_rows(mine.unsqueeze(0)).tolist()  # [W, 3]
-        loss, norm, _ = self._seen
-        what = "features" if isinstance(outputs, Projection) else "logits"
         where = [
-            f"rank {rank}: {int(count)} rows, {what} from {low:.4g} to {high:.4g}"
+            f"rank {rank}: {int(count)} rows, {outputs.name} from {low:.4g} to {high:.4g}"
             for rank, (count, low, high) in enumerate(ranks)
             if count
         ] or [
-            f"rank {rank}: no row of the loss itself, {what} from {low:.4g} to {high:.4g}"
+            f"rank {rank}: no row of the loss itself, {outputs.name} from {low:.4g} to {high:.4g}"
             for rank, (_, low, high) in enumerate(ranks)
         ]
-        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return (
+            f"step {self.module.global_step}: the loss ({outcome.loss:.6g}) or its gradient "
+            f"(norm {outcome.grad_norm:.6g}) is not finite; {'; '.join(where)}. "
+            f"{self._way_out(torch.promote_types(rows.dtype, torch.float32))} "
+            "No weight was changed by this step."
+        )
+
+    def _way_out(self, dtype: torch.dtype) -> str:
+        criterion = self.module.criterion
         domain = criterion.signature.domain(dtype)
         if math.isfinite(domain):
-            way_out = (
+            return (
                 f"{criterion.name} is sound up to a logit range of {domain:.1f} in "
                 f"{str(dtype).removeprefix('torch.')}; loss=log_softmax_nll is the same function "
                 "without that limit."
             )
-        else:
-            way_out = "Lower optimizer.lr or set optimizer.gradient_clip_norm."
-            if criterion.name in registry.names():
-                way_out += (
-                    f" `equiloss verify {criterion.name}` tells whether the loss is at fault."
-                )
-        return (
-            f"step {module.step_index}: the loss ({loss:.6g}) or its gradient (norm {norm:.6g}) "
-            f"is not finite; {'; '.join(where)}. {way_out} "
-            "No weight was changed by this step."
-        )
-
-
-def _joined(parts: list[Tensor | Projection]) -> Tensor | Projection:
-    """The outputs of all micro-batches: [n_1, …], [n_2, …] -> [n, …]."""
-    first = parts[0]
-    if isinstance(first, Projection):
-        features = [part.features for part in parts if isinstance(part, Projection)]
-        return first._replace(features=torch.cat(features))
-    return torch.cat([part for part in parts if isinstance(part, Tensor)])
+        way_out = "Lower optimizer.lr or set optimizer.gradient_clip_norm."
+        if criterion.name in registry.names():
+            way_out += f" `equiloss verify {criterion.name}` tells whether the loss is at fault."
+        return way_out

@@ -1,29 +1,24 @@
-"""Lightning's Trainer as a run needs it, and what there is to say of it."""
+"""Lightning's Trainer as a run needs it."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from equiloss.config import Config
-from equiloss.data.datasets import Splits
 from equiloss.distributed import membership
-from equiloss.parity.monitor import ParityMonitor
 from equiloss.training import progress_bar
-from equiloss.training.checkpoint import AtomicCheckpointIO, Checkpoints
-from equiloss.training.evaluation_figures import EvaluationFigures
-
-log = logging.getLogger(__name__)
+from equiloss.training.checkpoint import AtomicCheckpointIO
 
 
 def quieten_lightning() -> None:
@@ -44,71 +39,40 @@ def quieten_lightning() -> None:
 def make_trainer(
     config: Config,
     run_dir: Path,
-    splits: Splits,
-    monitor: ParityMonitor | None,
-    checkpoints: Checkpoints,
+    callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
-    more_callbacks: Sequence[Callback],
     *,
     batch_statistics: bool,
 ) -> Trainer:
-    """Make the Trainer of a run.
+    """Build Lightning's Trainer.
 
     Args:
         config: The run's configuration.
         run_dir: Where everything goes.
-        splits: The data, for figures.
-        monitor: Checks parity, if anything does.
-        checkpoints: Saves the run, if it is a fit.
+        callbacks: The run's own; what the configuration asks for comes after them.
         loggers: Get every scalar.
-        more_callbacks: Come first.
         batch_statistics: Whether the network normalises over its batch.
     """
-    callbacks = list(more_callbacks)
-    if config.logger.tensorboard:
-        callbacks.append(EvaluationFigures(splits))
-    if monitor is not None:
-        callbacks.append(monitor)
-    if config.task == "fit":
-        callbacks.append(checkpoints)
-    if config.early_stopping.enabled:
-        stop = config.early_stopping
-        callbacks.append(
-            EarlyStopping(
-                stop.monitor, mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta
-            )
-        )
-    bar = config.progress_bar and progress_bar.is_live()
-    if config.progress_bar:
-        callbacks.append(progress_bar.LiveProgress() if bar else progress_bar.EpochLines())
-    if config.model_summary:
-        callbacks.append(RichModelSummary())
-
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    group = membership.found()
-    if membership.is_child() or group is not None:
-        # Lightning would otherwise guess the cluster from variables around us, such as SLURM's.
-        plugins.append(LightningEnvironment())
-
-    options = config.trainer
-    several = (membership.world_size(options) if group is None else group.world_size) > 1
+    options, group = config.trainer, membership.external()
+    world_size = membership.ranks_asked_for(options) if group is None else group.world_size
     on_gpu = options.accelerator not in ("cpu", "auto") or torch.cuda.is_available()
+    # A bar redraws itself, for which it needs a terminal.
+    bar = config.progress_bar and sys.stdout.isatty()
     return Trainer(
         accelerator=options.accelerator,
         devices=options.devices if group is None else group.local_world_size,
-        num_nodes=1 if group is None else group.nodes,
-        # Views of the buckets spare a copy of every gradient.
-        strategy=DDPStrategy(gradient_as_bucket_view=True) if several else "auto",
+        num_nodes=1 if group is None else world_size // group.local_world_size,
+        strategy=strategy(world_size),
         precision=options.precision,  # type: ignore[arg-type]  # checked by TrainerConfig
         max_epochs=-1 if options.max_epochs is None else options.max_epochs,
         max_steps=-1 if options.max_steps is None else options.max_steps,
         deterministic=options.deterministic,
         # SyncBatchNorm exists for GPUs only; on CPU ranks a warning says what follows.
-        sync_batchnorm=several and on_gpu and batch_statistics,
+        sync_batchnorm=world_size > 1 and on_gpu and batch_statistics,
         log_every_n_steps=options.log_every_n_steps,
         logger=list(loggers),
-        callbacks=callbacks,
-        plugins=plugins,
+        callbacks=[*callbacks, *_configured_callbacks(config, bar=bar)],
+        plugins=[AtomicCheckpointIO(), *environment()],
         enable_progress_bar=bar,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -116,3 +80,30 @@ def make_trainer(
         default_root_dir=run_dir,
         **options.arguments,
     )
+
+
+def strategy(world_size: int) -> Strategy | str:
+    """How so many ranks train together; each has a replica of the network."""
+    # Views of the buckets spare a copy of every gradient.
+    return DDPStrategy(gradient_as_bucket_view=True) if world_size > 1 else "auto"
+
+
+def environment() -> list[LightningEnvironment]:
+    """The variables of the environment by which this process is a rank, if it is one.
+
+    Lightning would otherwise guess the cluster from others around us, such as SLURM's.
+    """
+    is_rank = membership.is_child() or membership.external() is not None
+    return [LightningEnvironment()] if is_rank else []
+
+
+def _configured_callbacks(config: Config, *, bar: bool) -> Iterator[Callback]:
+    stop = config.early_stopping
+    if stop.enabled:
+        yield EarlyStopping(
+            stop.monitor, mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta
+        )
+    if config.progress_bar:
+        yield progress_bar.LiveProgress() if bar else progress_bar.EpochLines()
+    if config.model_summary:
+        yield RichModelSummary()

@@ -80,6 +80,6 @@ def _first(wrong: Tensor) -> int:
     return int(wrong.nonzero()[0])
 
 
-def _values(row: Tensor, shown: int = 6) -> str:
-    text = ", ".join(f"{value:.4g}" for value in row[:shown].tolist())
-    return f"[{text}{', …' if len(row) > shown else ''}]"
+def _values(row: Tensor, most: int = 6) -> str:
+    text = ", ".join(f"{value:.4g}" for value in row[:most].tolist())
+    return f"[{text}{', …' if len(row) > most else ''}]"
