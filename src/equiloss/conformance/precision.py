@@ -82,8 +82,8 @@ def _inaccurate(subject: Subject, case: Case) -> Difference | None:
     # is float32's; half of its digits are enough to tell.
     if (exact.errors(cross_entropy) <= 1e-4 * definition.bound).all():
         exact = cross_entropy
-        of_torch = partial(F.cross_entropy, reduction="none", **keywords)
-        bound = definition.bound + evaluate_function(of_torch, case).errors(exact)
+        torch_loss = partial(F.cross_entropy, reduction="none", **keywords)
+        bound = definition.bound + evaluate_function(torch_loss, case).errors(exact)
     wrong_rows = (~(evaluation.errors(exact) <= bound)).nonzero().flatten().tolist()
     if not wrong_rows:
         return None

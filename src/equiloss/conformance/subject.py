@@ -217,7 +217,11 @@ class Subject:
             return evaluate_function(loss, case)
 
     def per_sample(self, case: Case) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss as (logits, target) -> [N], through its `criterion`."""
+        """The loss as (logits, target) -> [N], through its `criterion`.
+
+        Raises:
+            LossRaised: with the loss's own error as its cause.
+        """
         criterion = self.criterion(case)
         return lambda logits, target: criterion.per_sample(self.outputs(logits), target)
 

@@ -45,7 +45,7 @@ def label_smoothing(subject: Subject) -> None:
         raise DoesNotApply("it has no label_smoothing")
 
     def violates(case: Case) -> Difference | None:
-        comparisons = [(NEGLIGIBLE, "ε = 0", case)]
+        comparisons = [(NEGLIGIBLE, "ε = 0", case)]  # ε, and what must have the same loss
         if subject.signature.soft_targets:
             for smoothing in (0.25, 1.0):
                 mixture = one_hot(case).target * (1 - smoothing) + smoothing / case.classes
