@@ -33,6 +33,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose content is not what was written."""
+
+
 class NonFiniteError(UserError):
     """Training met a loss or a gradient that is not finite."""
 

@@ -134,7 +134,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     monitor = _parity_monitor(config, criterion, splits, total_steps)
     metrics_csv = MetricsCsv(directory, metric_names(config.parity.formulations))
     checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, metrics_csv)
-    continued = checkpoints.saved_step() if config.task == "fit" else None
+    continued = checkpoints.look() if config.task == "fit" else None
     board = _board(resolved, directory, continued) if config.logger.tensorboard else None
     own = [
         EvaluationFigures(splits) if board else None,
@@ -169,11 +169,11 @@ def fit_and_test(parts: Parts) -> dict[str, float]:
         evaluate(classifier, datamodule=data, verbose=False)
         return dict(progress.scalars)
     if parts.continued is not None and trainer.is_global_zero:
-        log.info("continuing %s after %d steps", checkpoints.last_path, parts.continued)
+        log.info("continuing %s after %d steps", checkpoints.found, parts.continued)
     trainer.fit(
         classifier,
         datamodule=data,
-        ckpt_path=None if parts.continued is None else checkpoints.last_path,
+        ckpt_path=checkpoints.found,
     )
     progress = classifier.progress  # a checkpoint has its own
     if progress.counts.validated_step != classifier.global_step:
@@ -181,7 +181,7 @@ def fit_and_test(parts: Parts) -> dict[str, float]:
         trainer.validate(classifier, datamodule=data, verbose=False)
     metrics = dict(progress.scalars)
     if config.test_weights == "best":
-        metrics |= checkpoint.load_weights(classifier, checkpoints.best_path)
+        metrics |= checkpoints.load_best(classifier)
     trainer.test(classifier, datamodule=data, verbose=False)
     return metrics | progress.of_split("test")
 
@@ -218,6 +218,7 @@ def _result(parts: Parts, metrics: Mapping[str, float], started: float) -> Resul
         },
         world_size=collectives.world_size(),
         segments=progress.segments,
+        notes=progress.notes,
         timing={
             "startup_s": 0.0 if began is None else began - started,
             "train_s": seconds,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from equiloss.errors import CheckpointError
+from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.atomic import write_atomically
-from equiloss.records.run_dir import INDEX
-from equiloss.training import checkpoint
-from equiloss.training.checkpoint import AtomicCheckpointIO
+from equiloss.records.run_dir import INDEX, PREVIOUS
+from equiloss.training import checkpoint_file
+from equiloss.training.checkpoint_file import AtomicCheckpointIO
 
 
 def state(value: float) -> dict[str, Any]:
@@ -46,7 +48,7 @@ class Crash(BaseException):
 def crash_before_the_rename(
     io: AtomicCheckpointIO, path: Path, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """Save, and crash between the index and the move; returns what would have been moved."""
+    """Save, and crash just before the move; returns what would have been moved."""
     replace = Path.replace
     left_behind = []
 
@@ -74,46 +76,87 @@ class TestRoundTrip:
         for value in (1, 2, 3):
             io.save_checkpoint(state(value), last)
             assert step_of(io, last) == value
-        assert sorted(path.name for path in last.parent.iterdir()) == [INDEX, "last.ckpt"]
+        assert step_of(io, last.with_name(PREVIOUS)) == 2
+        names = sorted(path.name for path in last.parent.iterdir())
+        assert names == [INDEX, "last.ckpt", PREVIOUS]
 
     def test_files_of_one_directory_have_digests_of_their_own(self, io, last):
         best = last.with_name("best.ckpt")
         io.save_checkpoint(state(1), last)
         io.save_checkpoint(state(2), best)
         assert (step_of(io, last), step_of(io, best)) == (1, 2)
-        assert set(json.loads((last.parent / INDEX).read_text())) == {"last.ckpt", "best.ckpt"}
+        index = json.loads((last.parent / INDEX).read_text())
+        assert set(index) == {"last.ckpt", "best.ckpt"}
+        for name, digests in index.items():
+            assert digests == [hashlib.sha256((last.parent / name).read_bytes()).hexdigest()]
 
-    def test_a_file_that_was_moved_elsewhere_has_no_digest_and_loads(self, io, last, tmp_path):
+    @pytest.mark.parametrize("index", [None, "", "{", "[1]", '{"last.ckpt": 3}', "[" * 10**5])
+    def test_nothing_depends_on_the_index(self, io, last, index):
         io.save_checkpoint(state(1), last)
-        moved = last.rename(tmp_path / "moved.ckpt")
-        assert step_of(io, moved) == 1
+        (last.parent / INDEX).unlink()
+        if index is not None:
+            (last.parent / INDEX).write_text(index)
+        assert step_of(io, last) == 1
+        io.save_checkpoint(state(2), last)
+        assert set(json.loads((last.parent / INDEX).read_text())) == {"last.ckpt"}
+
+    def test_the_seal_is_a_comment_that_torch_and_zip_leave_alone(self, io, last):
+        io.save_checkpoint(state(1), last)
+        assert torch.load(last, weights_only=True, mmap=True)["step"] == 1
+        with zipfile.ZipFile(last) as archive:
+            assert archive.comment.startswith(b"sha256:")
+            assert archive.testzip() is None
+
+
+def flip(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
 
 
 class TestDamage:
-    @pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
-    def test_a_flipped_byte_is_refused_naming_the_file(self, io, last, where):
+    @pytest.mark.parametrize("index", ["kept", "lost"])
+    def test_any_flipped_bit_is_refused_wherever_the_file_is(self, io, last, tmp_path, index):
+        """The digest travels with the checkpoint, the last bit of its own seal included."""
         io.save_checkpoint(state(1), last)
-        content = bytearray(last.read_bytes())
-        content[int(where * len(content))] ^= 1
-        last.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"last\.ckpt is damaged: its SHA-256") as caught:
-            io.load_checkpoint(last)
-        assert str(last) in str(caught.value)
+        place = last if index == "kept" else last.rename(tmp_path / "moved.ckpt")
+        whole = place.read_bytes()
+        for where in [*range(0, len(whole), 97), *range(len(whole) - 100, len(whole))]:
+            flip(place, where)
+            with pytest.raises(DamagedError, match=f"{place} is damaged"):
+                io.load_checkpoint(place)
+            place.write_bytes(whole)
 
-    def test_the_control_without_a_digest_it_loads_in_silence(self, io, last):
+    def test_the_control_without_its_seal_it_loads_in_silence(self, io, last):
         """torch notices no flipped byte among the weights."""
         io.save_checkpoint(state(1), last)
         content = last.read_bytes()
         weights = torch.ones(100).numpy().tobytes()
         assert weights in content
         last.write_bytes(content.replace(weights, weights[:-1] + b"\x40"))
-        (last.parent / INDEX).unlink()
-        assert not torch.equal(io.load_checkpoint(last)["weights"], torch.ones(100))
+        assert not torch.equal(torch.load(last, weights_only=True)["weights"], torch.ones(100))
 
-    def test_a_truncated_file_is_refused(self, io, last):
+    @pytest.mark.parametrize("left", [0, 1, 21, 22, 70, 71, 500, -100, -71, -10, -1])
+    def test_a_truncated_file_is_refused(self, io, last, left):
         io.save_checkpoint(state(1), last)
-        last.write_bytes(last.read_bytes()[:-10])
-        with pytest.raises(CheckpointError, match="damaged"):
+        last.write_bytes(last.read_bytes()[:left])
+        with pytest.raises(DamagedError):
+            io.load_checkpoint(last)
+
+    def test_one_that_was_written_before_there_were_seals(self, io, last):
+        """By the archive's own checksums, and by the index where it is there."""
+        last.parent.mkdir()
+        torch.save(state(1), last)
+        assert step_of(io, last) == 1
+        index = last.parent / INDEX
+        index.write_text(json.dumps({"last.ckpt": [hashlib.sha256(last.read_bytes()).hexdigest()]}))
+        assert step_of(io, last) == 1
+        index.write_text(json.dumps({"last.ckpt": ["0" * 64]}))
+        with pytest.raises(DamagedError):
+            io.load_checkpoint(last)
+        index.unlink()
+        flip(last, last.read_bytes().index(torch.ones(100).numpy().tobytes()))
+        with pytest.raises(DamagedError):
             io.load_checkpoint(last)
 
     def test_a_missing_file_is_named(self, io, last):
@@ -122,8 +165,8 @@ class TestDamage:
 
     def test_what_is_no_checkpoint_is_named(self, io, tmp_path):
         path = tmp_path / "notes.ckpt"
-        path.write_text("not a checkpoint")
-        with pytest.raises(CheckpointError, match=r"notes\.ckpt is not a checkpoint"):
+        path.write_text("not a checkpoint, but long enough to be one")
+        with pytest.raises(CheckpointError, match=r"notes\.ckpt is damaged"):
             io.load_checkpoint(path)
 
     def test_code_is_never_loaded(self, io, tmp_path):
@@ -134,10 +177,10 @@ class TestDamage:
 
 
 class TestCrash:
-    def test_between_index_and_rename_the_one_before_still_loads(self, io, last, monkeypatch):
+    def test_before_the_rename_the_one_before_still_loads(self, io, last, monkeypatch):
         io.save_checkpoint(state(1), last)
         crash_before_the_rename(io, last, 2, monkeypatch)
-        assert step_of(io, last) == 1
+        assert step_of(io, last.with_name(PREVIOUS)) == 1
 
     def test_just_after_the_rename_the_new_one_loads(self, io, last, monkeypatch):
         io.save_checkpoint(state(1), last)
@@ -151,12 +194,13 @@ class TestCrash:
 
     def test_twice_in_a_row_the_last_whole_one_still_loads(self, io, last, monkeypatch):
         """A resumed run may crash at the same point again."""
+        previous = last.with_name(PREVIOUS)
         io.save_checkpoint(state(1), last)
         crash_before_the_rename(io, last, 2, monkeypatch)
         crash_before_the_rename(io, last, 3, monkeypatch)
-        assert step_of(io, last) == 1
+        assert step_of(io, previous) == 1
         io.save_checkpoint(state(4), last)
-        assert step_of(io, last) == 4
+        assert (step_of(io, last), step_of(io, previous)) == (4, 1)
 
     def test_while_writing_leaves_the_one_before(self, io, last, monkeypatch):
         io.save_checkpoint(state(1), last)
@@ -166,7 +210,7 @@ class TestCrash:
             raise Crash
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.torch, "save", half)
+            patch.setattr(checkpoint_file.torch, "save", half)
             with pytest.raises(Crash):
                 io.save_checkpoint(state(2), last)
         assert step_of(io, last) == 1
@@ -182,7 +226,7 @@ def test_no_reader_sees_half_a_text_file(tmp_path, monkeypatch):
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", crash)
+        patch.setattr(checkpoint_file.os, "fsync", crash)
         with pytest.raises(Crash):
             write_atomically(path, "new")
     assert path.read_text() == "old"

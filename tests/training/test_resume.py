@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from equiloss import randomness
-from equiloss.errors import CheckpointError, UserError
+from equiloss.errors import UserError
 from equiloss.invariance.interruption import bits
 from equiloss.records.results import Result, read_metrics
 from equiloss.records.run_dir import METRICS
@@ -211,22 +212,82 @@ def test_other_data_and_other_losses_are_refused(override: str, words: str, tmp_
     assert "cannot" in str(caught.value)
 
 
-def test_lost_rows_of_metrics_are_noticed(tmp_path: Path) -> None:
-    with pytest.raises(StopError):
-        run(composed(*SMALL), tmp_path, callbacks=[StopBefore(4)])
-    rows = (tmp_path / METRICS).read_text().splitlines(keepends=True)
-    (tmp_path / METRICS).write_text("".join(rows[:-1]))
-    with pytest.raises(CheckpointError, match=r"metrics.csv has lost rows"):
-        run(composed(*SMALL), tmp_path)
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+def halved(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("stopped")
     with pytest.raises(StopError):
-        run(composed(*SMALL), tmp_path, callbacks=[StopBefore(4)])
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:-1] + b"?")
-    with pytest.raises(CheckpointError, match=r"last.ckpt is damaged"):
-        run(composed(*SMALL), tmp_path)
+        run(composed(*SMALL), directory, callbacks=[StopBefore(7)])
+    return directory
+
+
+class TestDamage:
+    """A run that was stopped before step 7 finds its files damaged."""
+
+    @pytest.fixture
+    def directory(self, stopped: Path, tmp_path: Path) -> Path:
+        return shutil.copytree(stopped, tmp_path / "run")
+
+    def continued(self, directory: Path) -> int:
+        """Go on to the end; returns the step from which on."""
+        return run(composed(*SMALL), directory).segments[-1]["from_step"]
+
+    @pytest.mark.parametrize("damage", [Path.unlink, flipped])
+    def test_of_the_last_state_the_one_before_goes_on(self, damage, directory, whole, caplog):
+        damage(directory / "checkpoints" / "last.ckpt")
+        (directory / "checkpoints" / "index.json").unlink()
+        assert self.continued(directory) == 6
+        assert_same(directory, whole)
+        if damage is not Path.unlink:
+            assert "last.ckpt is damaged: it is last.ckpt.damaged now" in caplog.text
+            assert (directory / "checkpoints" / "last.ckpt.damaged").exists()
+
+    def test_of_every_state_the_run_starts_anew(self, directory, whole, caplog):
+        for name in ("last.ckpt", "previous.ckpt"):
+            flipped(directory / "checkpoints" / name)
+        assert self.continued(directory) == 0
+        assert "the run starts anew" in caplog.text
+        assert_same(directory, whole)
+
+    @pytest.mark.parametrize("damage", [Path.unlink, flipped])
+    def test_of_the_best_weights_it_tests_the_best_after(self, damage, directory, whole):
+        """Validation improves in each epoch, so that the best is found again."""
+        damage(directory / "checkpoints" / "best.ckpt")
+        assert self.continued(directory) == 7
+        assert_same(directory, whole)
+
+    def test_of_the_best_weights_at_the_end_it_tests_the_last(self, directory):
+        result = stopped_and_continued(directory, StopBeforeTest(), "test_weights=last")
+        last = result.metrics["test/nll"]
+        flipped(directory / "checkpoints" / "best.ckpt")
+        result = run(composed(*SMALL), directory)
+        assert result.metrics["test/nll"] == last
+        (note,) = Result.read(directory).notes
+        assert note.endswith("best.ckpt is gone: the last weights were tested")
+
+    @pytest.mark.parametrize("damage", [Path.unlink, emptied, halved])
+    def test_of_metrics_csv_the_rows_that_are_whole_stay(self, damage, directory, whole, caplog):
+        damage(directory / METRICS)
+        assert self.continued(directory) == 7
+        assert "metrics.csv has lost" in caplog.text
+        found = bits(directory, whole)
+        assert found.pop("metrics.csv") > 0
+        assert set(found.values()) == {0}
+        assert read_metrics(directory, "train/loss")[-8:] == read_metrics(whole, "train/loss")[-8:]
 
 
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:

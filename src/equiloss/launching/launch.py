@@ -34,7 +34,7 @@ from equiloss.launching.ledger import ATTEMPT, Ledger
 from equiloss.launching.resume import claim
 from equiloss.launching.sweep import direction
 from equiloss.records.results import Result
-from equiloss.records.run_dir import LAST_CHECKPOINT, RESULTS, TRACEBACK
+from equiloss.records.run_dir import RESULTS, TRACEBACK, has_state
 
 # What the user wants of HYDRA_FULL_ERROR, which is set for Hydra: in other processes too.
 TRACEBACKS = "EQUILOSS_TRACEBACK"
@@ -145,7 +145,7 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
         if membership.external() is not None and result.status == "failed":
             raise  # a rank has failed and said why, and its launcher ends the others
         _record(resolved, run_dir, replace(result, status="interrupted", error=INTERRUPTED))
-        if (run_dir / LAST_CHECKPOINT).exists():
+        if has_state(run_dir):
             print(
                 f"interrupted: the same command with hydra.run.dir={run_dir} goes on from the "
                 "last checkpoint",

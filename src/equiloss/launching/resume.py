@@ -22,7 +22,7 @@ from equiloss.launching.lock import hold
 from equiloss.losses import registry
 from equiloss.records.atomic import write_atomically
 from equiloss.records.results import Result
-from equiloss.records.run_dir import CONFIG, LAST_CHECKPOINT, METRICS, written
+from equiloss.records.run_dir import CONFIG, METRICS, has_state, written
 
 _UNSET = object()
 WAY_OUT = "name another directory with hydra.run.dir=…, or remove this one"
@@ -96,7 +96,7 @@ def _is_to_do(run_dir: Path, resolved: ResolvedConfig) -> bool:
     """Whether a directory is there for a run; raises where it is another one's."""
     stored = _stored(run_dir)
     completed = _is_completed(run_dir)
-    checkpoint = (run_dir / LAST_CHECKPOINT).exists()
+    checkpoint = has_state(run_dir)
     if stored is None or not (completed or checkpoint or (run_dir / METRICS).exists()):
         return True  # nothing, or a run that failed before its first step
     kind = "completed run" if completed else "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import IO, Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from equiloss.errors import CheckpointError
-from equiloss.records.run_dir import METRICS
+from equiloss.records.run_dir import METRICS, set_aside
+
+log = logging.getLogger(__name__)
 
 
 class MetricsCsv(Logger):
@@ -60,20 +62,32 @@ class MetricsCsv(Logger):
     def continue_after(self, rows: int) -> None:
         """Cut the file after so many rows, and append from there.
 
-        Raises:
-            CheckpointError: if they are not all there, or have other columns.
+        Of a file that has lost rows those that are whole are kept; it is set aside itself.
         """
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
-        header = ",".join(self.columns)
-        if len(lines) <= rows or lines[0].decode().strip() != header:
-            raise CheckpointError(
-                f"{self.path} has lost rows: the checkpoint was written after {rows} of them"
-            )
-        kept = sum(map(len, lines[: rows + 1]))
+        header = ",".join(self.columns).encode()
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        lines = content.splitlines(keepends=True) or [b""]
+        known = lines[1 : rows + 1] if lines[0].strip() == header else []
+        kept = [line for line in known if self._is_row(line)]
+        if len(kept) < rows:
+            log.warning("%s has lost %d of %d rows", self.path, rows - len(kept), rows)
+            if self.path.is_file():
+                set_aside(self.path)
+            lines = [header + b"\r\n", *kept]
+            self.path.write_bytes(b"".join(lines))
+        size = sum(map(len, lines[: len(kept) + 1]))
         self._file = self.path.open("r+", newline="", buffering=1, encoding="utf-8")
-        self._file.truncate(kept)
-        self._file.seek(kept)
-        self.rows = rows
+        self._file.truncate(size)
+        self._file.seek(size)
+        self.rows = len(kept)
+
+    def _is_row(self, line: bytes) -> bool:
+        values = line.rstrip(b"\r\n").split(b",")
+        try:
+            numbers = [float(value) for value in values if value]
+        except ValueError:
+            return False
+        return bool(numbers) and len(values) == len(self.columns) and line.endswith(b"\n")
 
     @rank_zero_only
     def sync(self) -> None:

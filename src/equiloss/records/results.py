@@ -80,14 +80,17 @@ class Result:
     """startup_s, train_s (without evaluation), samples_per_s."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, device, cpu, threads, git commit."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the metrics must know, such as that the best weights were lost."""
     error: str | None = None
     """Message of the error that ended the run."""
 
     def write(self, directory: Path) -> None:
         """Replace the directory's results.json; values that are not finite become null."""
         data = asdict(self)
-        if self.error is None:
-            del data["error"]
+        for key in ("notes", "error"):
+            if not data[key]:
+                del data[key]
         text = json.dumps(json_ready(data), indent=2, allow_nan=False)
         write_atomically(directory / RESULTS, text + "\n")
 

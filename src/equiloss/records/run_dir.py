@@ -15,9 +15,13 @@ LOCK = ".lock"
 EVENTS = "events.out.tfevents.*"
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
 BEST = "best.ckpt"
 INDEX = "index.json"
 LAST_CHECKPOINT = f"{CHECKPOINTS}/{LAST}"
+# Lightning's own, which earlier versions let it write on SLURM, and which it would prefer to ours.
+HPC = "hpc_ckpt_*.ckpt"
+DAMAGED = ".damaged"
 RANKS = "ranks"
 # Of a sweep directory.
 LEDGER = "ledger.jsonl"
@@ -39,13 +43,26 @@ def written(run_dir: Path) -> Iterator[Path]:
 
     A folder that is a symbolic link is not looked into: what it leads to may be anyone's.
     """
-    names = (METRICS, RESULTS, EVALUATION, TRACEBACK, TRACKERS)
+    names = (METRICS, f"{METRICS}{DAMAGED}", RESULTS, EVALUATION, TRACEBACK, TRACKERS)
     yield from (run_dir / name for name in names if (run_dir / name).is_file())
-    yield from run_dir.glob(EVENTS)
-    for folder, patterns in ((CHECKPOINTS, (LAST, BEST, INDEX)), (RANKS, ("rank*.*",))):
+    for pattern in (EVENTS, HPC):
+        yield from run_dir.glob(pattern)
+    states = (LAST, PREVIOUS, BEST)
+    kept = (*states, *(f"{name}{DAMAGED}" for name in states), INDEX)
+    for folder, patterns in ((CHECKPOINTS, kept), (RANKS, ("rank*.*",))):
         if not (run_dir / folder).is_symlink():
             for pattern in patterns:
                 yield from (run_dir / folder).glob(pattern)
+
+
+def has_state(run_dir: Path) -> bool:
+    """Whether a run has left a full state to go on from."""
+    return any((run_dir / CHECKPOINTS / name).exists() for name in (LAST, PREVIOUS))
+
+
+def set_aside(file: Path) -> Path:
+    """Rename a damaged file, so that nothing takes it for a good one; returns its new place."""
+    return file.replace(file.with_name(f"{file.name}{DAMAGED}"))
 
 
 def clear(run_dir: Path, *, continued: bool) -> None:

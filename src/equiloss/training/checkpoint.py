@@ -1,93 +1,33 @@
-"""Checkpoints that are whole or not there: atomic writes, and a digest that is checked on load.
+"""What a run saves while it trains, and from which of it an interrupted run goes on.
 
 A run that continues from `last.ckpt` is, on as many ranks, the uninterrupted run to the bit.
 
-`checkpoints/last.ckpt` is the full state of the newest step saved, `checkpoints/best.ckpt` the
-weights with the best monitored metric, and `checkpoints/index.json` has a SHA-256 for each (a
-flipped byte in a checkpoint would otherwise load in silence).
+`checkpoints/last.ckpt` is the full state of the newest step saved, `checkpoints/previous.ckpt` the
+one before, and `checkpoints/best.ckpt` the weights with the best monitored metric. One that is
+damaged is set aside, and the run goes on from the newest that is whole.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from equiloss.config import CheckpointConfig
-from equiloss.errors import CheckpointError
-from equiloss.records.atomic import write_atomically
-from equiloss.records.run_dir import BEST, INDEX, LAST
+from equiloss.errors import CheckpointError, DamagedError
+from equiloss.records.run_dir import BEST, LAST, PREVIOUS, set_aside
+from equiloss.training.checkpoint_file import AtomicCheckpointIO, verify
 from equiloss.training.state import RunState
 
 if TYPE_CHECKING:
     from equiloss.records.metrics_csv import MetricsCsv
     from equiloss.training.classifier import Classifier
 
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, then moves it there; verifies it when it is read."""
-
-    def save_checkpoint(
-        self,
-        checkpoint: dict[str, Any],
-        path: str | os.PathLike[str],
-        storage_options: Any | None = None,
-    ) -> None:
-        """Write `path` and its digest so that a crash at any moment leaves a loadable pair."""
-        place = Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:  # an interrupt too
-            temporary.unlink(missing_ok=True)
-            raise
-        index = _read_index(place.parent)
-        digest = _digest(temporary)
-        # The index is written first, with the digests of all that a crash, or several, may leave
-        # behind; once the file is in its place, only its own is left.
-        index[place.name] = [digest, *index.get(place.name, [])]
-        _write_index(place.parent, index)
-        temporary.replace(place)
-        index[place.name] = [digest]
-        _write_index(place.parent, index)
-
-    def load_checkpoint(
-        self,
-        path: str | os.PathLike[str],
-        map_location: Callable[..., Any] | None = lambda storage, _: storage,
-        weights_only: bool | None = True,
-    ) -> dict[str, Any]:
-        """Read a checkpoint of tensors and plain data.
-
-        Raises:
-            CheckpointError: if the file is missing, or its digest is not the one on record.
-        """
-        place = Path(path)
-        if not place.is_file():
-            raise CheckpointError(f"no checkpoint at {place}")
-        known = _read_index(place.parent).get(place.name)
-        if known is not None and _digest(place) not in known:
-            raise CheckpointError(
-                f"{place} is damaged: its SHA-256 is not the one in {place.parent / INDEX}"
-            )
-        try:
-            loaded: dict[str, Any] = torch.load(place, map_location=map_location, weights_only=True)
-        except Exception as error:  # torch raises many types for a file that is no checkpoint
-            raise CheckpointError(f"{place} is not a checkpoint: {error}") from error
-        return loaded
+log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
@@ -105,8 +45,11 @@ class Checkpoints(Checkpoint):
         self.metrics = metrics
         self.best: float | None = None
         """The best value of the monitored metric so far."""
+        self.found: Path | None = None
+        """The state that a run goes on from, once `look` has found it."""
         # A file of that name may be of another run.
         self._has_best = False
+        self._damaged: list[Path] = []
         self._saved_step = -1
         self._stopping = False
 
@@ -120,12 +63,43 @@ class Checkpoints(Checkpoint):
         """Full state of the newest step saved."""
         return self.directory / LAST
 
-    def saved_step(self) -> int | None:
-        """Optimizer steps of the run when it was last saved; None if it was not."""
-        if not self.last_path.is_file():
+    def look(self) -> int | None:
+        """Find the newest full state that is whole; nothing is changed.
+
+        Returns:
+            Optimizer steps of the run when it was saved; None if there is none to go on from.
+
+        Raises:
+            CheckpointError: for a state that cannot be read, or that is none of ours.
+        """
+        for path in (self.last_path, self.directory / PREVIOUS):
+            if self.found is None and self._is_whole(path):
+                self.found = path
+        if self.found is None:
             return None
-        step: int = AtomicCheckpointIO().load_checkpoint(self.last_path)["global_step"]
+        self._has_best = self._is_whole(self.best_path)
+        state = AtomicCheckpointIO().load_checkpoint(self.found)
+        RunState.load(state, self.found)
+        step: int = state["global_step"]
         return step
+
+    def _is_whole(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        try:
+            verify(path)
+        except DamagedError:
+            self._damaged.append(path)
+            return False
+        return True
+
+    def setup(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:  # type: ignore[override]
+        """Set aside what is damaged, and say so: every rank has looked by now."""
+        for path in self._damaged if trainer.is_global_zero else ():
+            log.warning("%s is damaged: it is %s now", path, set_aside(path).name)
+        if self._damaged and self.found is None and trainer.is_global_zero:
+            log.warning("no state of %s is whole: the run starts anew", self.directory.parent)
+        self._damaged = []
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save the state every so many steps."""
@@ -161,8 +135,8 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.best = state_dict["best"]
-        self._has_best = self.best_path.exists()
+        # Without its weights, a value is nothing to be better than.
+        self.best = state_dict["best"] if self._has_best else None
         self._stopping = state_dict["stopping"]
         self.metrics.continue_after(state_dict["rows"])
 
@@ -176,6 +150,25 @@ class Checkpoints(Checkpoint):
             self._stopping = trainer.should_stop
             self.metrics.sync()
             trainer.save_checkpoint(self.last_path)
+
+    def load_best(self, module: Classifier) -> dict[str, float]:
+        """Load the best weights into a classifier, where they are there and whole.
+
+        Returns:
+            The validation metrics of the weights that are loaded now.
+        """
+        try:
+            return load_weights(module, self.best_path)
+        except DamagedError as error:
+            lost = str(error)
+        except CheckpointError:
+            if self.best_path.is_file():
+                raise
+            lost = f"{self.best_path} is gone"
+        note = f"{lost}: the last weights were tested"
+        log.warning("%s", note)
+        module.progress.notes.append(note)
+        return {}
 
 
 def load_weights(module: Classifier, path: Path) -> dict[str, float]:
@@ -203,18 +196,3 @@ def load_weights(module: Classifier, path: Path) -> dict[str, float]:
             f"{path} does not fit model {module.config.model.name!r}: {first}"
         ) from error
     return state.progress.of_split("val")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_index(directory: Path, index: dict[str, list[str]]) -> None:
-    write_atomically(directory / INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def _read_index(directory: Path) -> dict[str, Any]:
-    file = directory / INDEX
-    index: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return index

@@ -39,6 +39,8 @@ class Progress:
     """Samples evaluated of each split, in its newest evaluation."""
     segments: list[dict[str, int]] = field(default_factory=list)
     """As in `results.json`: from which step on how many ranks trained."""
+    notes: list[str] = field(default_factory=list)
+    """As in `results.json`: what a reader of the metrics must know."""
 
     def of_split(self, split: str) -> dict[str, float]:
         """The newest metrics of one split, by their logged names."""
@@ -95,12 +97,14 @@ class RunState:
         """
         if KEY not in checkpoint:
             raise CheckpointError(f"{path} was not written by equiloss")
-        saved = dict(checkpoint[KEY])
-        progress = Progress(
-            Counts(**saved.pop("counts")),
-            *(saved.pop(name) for name in ("scalars", "samples", "segments")),
-        )
-        return cls(progress=progress, **saved)
+        try:
+            saved = dict(checkpoint[KEY])
+            counts = Counts(**saved.pop("counts"))
+            parts = {name: saved.pop(name) for name in ("scalars", "samples", "segments")}
+            progress = Progress(counts, **parts, notes=saved.pop("notes", []))
+            return cls(progress=progress, **saved)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is of another version of equiloss") from error
 
     def check_same_run(self, other: RunState) -> None:
         """Refuse to continue a run on other data or with another loss.

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from equiloss.config import Config
 from equiloss.distributed import membership
 from equiloss.training import progress_bar
-from equiloss.training.checkpoint import AtomicCheckpointIO
+from equiloss.training.checkpoint_file import AtomicCheckpointIO
 
 
 def quieten_lightning() -> None:
