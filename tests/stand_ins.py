@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -112,6 +113,23 @@ class Slow(ConvNet):
 
 def slow(num_classes: int, in_channels: int) -> nn.Module:
     return Slow(num_classes, in_channels, widths=(8,))
+
+
+class Sleeps(ConvNet):
+    """Sleeps in its fourth step, as if one step took a minute."""
+
+    passes = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += self.training
+        end = time.monotonic() + 60 * (self.passes == 4)
+        while time.monotonic() < end:
+            time.sleep(0.1)
+        return super().forward(images)
+
+
+def sleeps(num_classes: int, in_channels: int) -> nn.Module:
+    return Sleeps(num_classes, in_channels, widths=(8,))
 
 
 def _images(rows: int) -> Tensor:
@@ -239,3 +257,23 @@ class Noisy(ConvNet):
 
 def noisy(num_classes: int, in_channels: int) -> nn.Module:
     return Noisy(num_classes, in_channels, widths=(8,))
+
+
+class Leaves(ConvNet):
+    """Ends the process in its third forward pass, as if all were well."""
+
+    passes = 0
+
+    def __init__(self, num_classes: int, in_channels: int, way: str) -> None:
+        super().__init__(num_classes, in_channels, widths=(8,))
+        self.way = way
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        if self.passes == 3:
+            {"sys.exit": sys.exit, "os._exit": os._exit}[self.way](0)
+        return super().forward(images)
+
+
+def leaves(num_classes: int, in_channels: int, way: str) -> nn.Module:
+    return Leaves(num_classes, in_channels, way)

@@ -20,7 +20,8 @@ from equiloss.config.resolved import ResolvedConfig
 from equiloss.data import datasets
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import Splits
-from equiloss.distributed import collectives
+from equiloss.distributed import collectives, interruption
+from equiloss.distributed.interruption import Interrupted
 from equiloss.losses.criterion import Criterion
 from equiloss.models.build import build_network, expose_head, lay_out
 from equiloss.models.dropout import RowKeys
@@ -62,18 +63,20 @@ def run(resolved: ResolvedConfig, directory: Path, *, callbacks: Sequence[Callba
 
     Raises:
         UserError: for everything that a user can mend.
+        Interrupted: if a signal asked for it, with the state on disk.
     """
     started = time.perf_counter()
     quieten_lightning()
     parts = build(resolved, directory, callbacks)
-    try:
-        with _loggers(parts) as final:
-            final |= fit_and_test(parts)
-    except BaseException as error:
-        with suppress(Exception):  # nothing may hide what ended the run
-            _leave_unfinished(parts, error, started)
-        raise
-    return conclude(parts, final, started)
+    with interruption.during_a_run():
+        try:
+            with _loggers(parts) as final:
+                final |= fit_and_test(parts)
+        except BaseException as error:
+            with suppress(Exception):  # nothing may hide what ended the run
+                _leave_unfinished(parts, error, started)
+            raise
+        return conclude(parts, final, started)
 
 
 @dataclass
@@ -231,9 +234,7 @@ def _result(parts: Parts, metrics: Mapping[str, float], started: float) -> Resul
 def _leave_unfinished(parts: Parts, error: BaseException, started: float) -> None:
     """Write what a run had found as it broke off, unless another rank has said why."""
     if parts.trainer.is_global_zero and not (parts.directory / run_dir.RESULTS).exists():
-        # Lightning turns an interrupt into an exit.
-        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-        status = "interrupted" if interrupted else "failed"
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
         result = _result(parts, {}, started)
         replace(result, status=status, error=str(error)).write(parts.directory)
 

@@ -15,6 +15,7 @@ import pytest
 from equiloss.launching import ranks
 from equiloss.launching.ledger import Ledger
 from equiloss.records.results import Result
+from equiloss.training.checkpoint_file import AtomicCheckpointIO
 from support import PYTHONPATH, QUIET, ROOT, Train, composed, slow
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
@@ -145,25 +146,14 @@ def test_a_run_that_failed_before_it_began_may_be_repeated(train: Train, tmp_pat
     assert Result.read(tmp_path / "run").status == "completed"
 
 
-@pytest.mark.parametrize(
-    ("sent", "devices"),
-    [
-        ("by a terminal", 1),
-        ("as SIGTERM", 2),
-        *(
-            pytest.param(*arrangement, marks=slow)
-            for arrangement in (
-                *(("by a terminal", 2), ("as SIGTERM", 1)),
-                *(("to the process", 1), ("to the process", 2)),
-            )
-        ),
-    ],
-)
-def test_interrupting_a_run_leaves_a_word(sent: str, devices: int, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), *CUSTOM]
-    command += ["model.target=stand_ins:slow", f"trainer.devices={devices}"]
+def started(directory: Path, target: str, devices: int) -> subprocess.Popen[str]:
+    """Start `train.py`, and wait until it trains."""
+    command = [sys.executable, str(ROOT / "train.py"), *CUSTOM, "logger=tensorboard"]
     process = subprocess.Popen(
-        [*command, f"hydra.run.dir={tmp_path}/run"],
+        [
+            *(*command, f"model.target=stand_ins:{target}", f"trainer.devices={devices}"),
+            f"hydra.run.dir={directory}",
+        ],
         env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -172,20 +162,101 @@ def test_interrupting_a_run_leaves_a_word(sent: str, devices: int, tmp_path: Pat
         # A shell may have started these tests in its background, where SIGINT is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    metrics = tmp_path / "run" / "metrics.csv"
+    metrics = directory / "metrics.csv"
     give_up = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
         assert time.monotonic() < give_up
         time.sleep(0.1)
+    return process
+
+
+def one_rank(process: subprocess.Popen[str]) -> int:
+    """The process of one of the ranks that `train.py` supervises."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    return int(found.stdout.split()[-1])
+
+
+@pytest.mark.parametrize(
+    ("sent", "number", "devices"),
+    [
+        ("by a terminal", signal.SIGINT, 1),
+        ("to one rank", signal.SIGTERM, 2),
+        *(
+            pytest.param(*arrangement, marks=slow)
+            for arrangement in (
+                ("by a terminal", signal.SIGINT, 2),
+                *(("to the process", signal.SIGTERM, devices) for devices in (1, 2)),
+                *(("to the process", signal.SIGUSR1, devices) for devices in (1, 2)),
+                *(("to the process", signal.SIGHUP, devices) for devices in (1, 2)),
+                ("to one rank", signal.SIGUSR1, 2),
+            )
+        ),
+    ],
+)
+def test_a_signal_ends_a_run_after_the_step(
+    sent: str, number: signal.Signals, devices: int, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    process = started(directory, "slow", devices)
     if sent == "by a terminal":
         # To every process of the group.
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
+    elif sent == "to one rank":
+        os.kill(one_rank(process), number)
     else:
-        process.send_signal(signal.SIGTERM if sent == "as SIGTERM" else signal.SIGINT)
+        process.send_signal(number)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
     assert "Traceback" not in output
-    assert Result.read(tmp_path / "run").status == "interrupted"
+    result = Result.read(directory)
+    assert result.status == "interrupted"
+    assert result.error == f"interrupted by {number.name}"
+    (state,) = (directory / "checkpoints").glob("last.ckpt")
+    assert AtomicCheckpointIO().load_checkpoint(state)["global_step"] == result.steps["taken"] >= 2
+    assert f"interrupted by {number.name} after {result.steps['taken']} steps: the same" in output
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=slow)])
+def test_a_second_signal_ends_it_at_once(devices: int, tmp_path: Path) -> None:
+    """The step under way sleeps for a minute: nobody waits for it."""
+    process = started(tmp_path / "run", "sleeps", devices)
+    rank = one_rank(process) if devices > 1 else None
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=5)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "Traceback" not in output
+    if rank is not None:
+        assert not Path(f"/proc/{rank}").exists()
+
+
+@pytest.mark.parametrize(
+    ("way", "devices"),
+    [
+        ("os._exit", 1),
+        *(pytest.param(*case, marks=slow) for case in (("sys.exit", 1), ("sys.exit", 2))),
+        pytest.param("os._exit", 2, marks=slow),
+    ],
+)
+def test_a_run_without_its_results_is_no_success(
+    way: str, devices: int, train: Train, tmp_path: Path
+) -> None:
+    done = train(
+        *CUSTOM,
+        "model.target=stand_ins:leaves",
+        f"model.options={{way:{way}}}",
+        f"trainer.devices={devices}",
+        f"hydra.run.dir={tmp_path}/run",
+    )
+    assert done.returncode == 1
+    assert Result.read(tmp_path / "run").status == "failed"
+    assert done.stderr.startswith("error: ")
+    if (way, devices) != ("os._exit", 2):
+        assert way in done.stderr
 
 
 # Where a rank of a job trips, which one, and what the job's error then says.
@@ -316,10 +387,10 @@ def test_ranks_have_an_environment_of_their_own(
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     directory = tmp_path / "run"
     directory.mkdir()
-    config = composed(*QUIET, "debug=fast", "trainer=ddp_cpu", "logger=csv")
-    (directory / "config.yaml").write_text(config.text)
+    resolved = composed(*QUIET, "debug=fast", "trainer=ddp_cpu", "trainer.threads=2", "logger=csv")
+    (directory / "config.yaml").write_text(resolved.text)
     before = dict(os.environ)
-    ranks.supervise(directory, "equiloss.run:run", 2, threads=2)
+    ranks.supervise(directory, "equiloss.run:run", 2, resolved.config.trainer)
     assert dict(os.environ) == before
     assert Result.read(directory).world_size == 2
     assert Result.read(directory).environment["threads"] == 2

@@ -46,7 +46,7 @@ def seen(
 ) -> tuple[Seen, StepOutcome]:
     """What a step of one process sees, and what it makes of it."""
     total, mass = criterion(logits, target)
-    outcome = StepOutcome((total / mass).item(), mass.item(), 1.0, skipped=False)
+    outcome = StepOutcome((total / mass).item(), mass.item(), 1.0, skipped=False, stop=False)
     return Seen(Logits(logits), target, criterion), outcome
 
 
@@ -146,7 +146,7 @@ def test_an_empty_batch_agrees() -> None:
     criterion = Criterion("cross_entropy", **OPTIONS)
     check = monitor(criterion, "softmax_nll", "cross_entropy")
     logits, target = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    nothing = StepOutcome(0.0, 0.0, 0.0, skipped=False)
+    nothing = StepOutcome(0.0, 0.0, 0.0, skipped=False, stop=False)
     check.check(Seen(Logits(logits), target, criterion), nothing, step=0, rank=0)
     assert check.summary()["agree"]
 

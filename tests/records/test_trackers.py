@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from equiloss.config import MlflowConfig, WandbConfig
+from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import ConfigError
 from equiloss.records import trackers
 from equiloss.records.results import Result, read_metrics
@@ -98,12 +99,12 @@ class Tracker:
     [
         (None, "completed"),
         (ValueError, "failed"),
-        (KeyboardInterrupt, "interrupted"),
-        (SystemExit, "interrupted"),
+        (Interrupted("SIGTERM", 143), "interrupted"),
+        (SystemExit, "failed"),
     ],
 )
 def test_trackers_learn_how_a_run_ended(
-    error: type[BaseException] | None,
+    error: BaseException | type[BaseException] | None,
     status: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -120,7 +121,7 @@ def test_trackers_learn_how_a_run_ended(
     if error is None:
         follow()
     else:
-        with pytest.raises(error):
+        with pytest.raises(error if isinstance(error, type) else type(error)):
             follow()
     (tracker,) = trainer.loggers
     assert tracker.ended == (status, {"test/acc": 0.5})

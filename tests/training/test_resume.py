@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from equiloss import randomness
+from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import UserError
 from equiloss.invariance.interruption import bits
 from equiloss.records.results import Result, read_metrics
@@ -92,6 +93,18 @@ class StopAfterValidation(StopBeforeValidation):
             raise StopError
 
 
+class SignalAt(Callback):
+    """Sends this process a signal in a hook, once the run has taken so many steps."""
+
+    def __init__(self, hook: str, steps: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.steps, self.number = steps, number
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            os.kill(os.getpid(), self.number)
+
+
 def stopped_and_continued(directory: Path, stop: Callback, *overrides: str) -> Result:
     with pytest.raises(StopError):
         run(composed(*SMALL, *overrides), directory, callbacks=[stop])
@@ -134,6 +147,50 @@ def test_from_any_step(step: int, whole: Path, tmp_path: Path) -> None:
 )
 def test_around_the_evaluations(stop: Callback, whole: Path, tmp_path: Path) -> None:
     stopped_and_continued(tmp_path, stop)
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("hook", "steps", "number", "goes_on_at"),
+    [
+        # The step under way ends; an epoch's last one ends with its validation.
+        ("on_train_batch_start", 2, signal.SIGTERM, 3),
+        ("on_train_batch_start", 4, signal.SIGINT, 5),
+        ("on_train_batch_end", 7, signal.SIGUSR1, 7),
+        ("on_validation_batch_start", 10, signal.SIGHUP, 10),
+        ("on_train_epoch_end", 15, signal.SIGTERM, 15),
+        ("on_test_batch_start", 15, signal.SIGTERM, 15),
+    ],
+)
+def test_after_a_signal(
+    hook: str, steps: int, number: signal.Signals, goes_on_at: int, whole: Path, tmp_path: Path
+) -> None:
+    before = signal.getsignal(number)
+    sparse = composed(*SMALL, "checkpoint.every_n_steps=100")  # the signal has one of its own
+    with pytest.raises(Interrupted) as caught:
+        run(sparse, tmp_path, callbacks=[SignalAt(hook, steps, number)])
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    stopped = Result.read(tmp_path)
+    assert stopped.status == "interrupted"
+    assert stopped.error == f"interrupted by {number.name}"
+    assert stopped.steps["taken"] == goes_on_at
+    result = run(composed(*SMALL), tmp_path)
+    begun = [segment["from_step"] for segment in result.segments]
+    assert begun == [0, goes_on_at][: 1 + (goes_on_at < STEPS)]
+    assert_same(tmp_path, whole)
+
+
+def test_a_limit_of_time_interrupts(whole: Path, tmp_path: Path) -> None:
+    """Each attempt takes a step, whatever the limit, and the last one tests."""
+    limited = composed(*SMALL, "trainer.max_time=00:00:00:00")
+    for steps in (1, 2):
+        with pytest.raises(Interrupted, match=r"trainer\.max_time") as caught:
+            run(limited, tmp_path)
+        assert caught.value.code == 124
+        assert Result.read(tmp_path).steps["taken"] == steps
+        (tmp_path / "results.json").unlink()  # a claim of the directory would do it
+    run(composed(*SMALL), tmp_path)
     assert_same(tmp_path, whole)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,12 @@ class TrainerConfig:
     """Passes over the training split (null: max_steps alone decides)."""
     max_steps: int | None = None
     """Optimizer steps (null: max_epochs alone decides)."""
+    rank_timeout_s: float = 300.0
+    """Seconds without a sign of life after which a rank fails the run; under torchrun and srun,
+    seconds that ranks wait for each other."""
+    max_time: str | None = None
+    """Longest time that one attempt trains, DD:HH:MM:SS; the run is then interrupted, and goes on
+    when its command is given again (null: no limit)."""
     micro_batch_size: int | None = None
     """Largest number of samples per forward pass of a rank (null: its whole slice)."""
     reduction: str = "sum"
@@ -78,8 +85,13 @@ class TrainerConfig:
             self.devices > 0 or self.devices == -1,
             f"trainer.devices must be positive, or -1 for every visible GPU; got {self.devices}",
         )
-        for key in ("threads", "max_epochs", "max_steps", "micro_batch_size", "log_every_n_steps"):
+        whole = ("threads", "max_epochs", "max_steps", "micro_batch_size", "log_every_n_steps")
+        for key in (*whole, "rank_timeout_s"):
             positive(f"trainer.{key}", getattr(self, key))
+        require(
+            self.max_time is None or re.fullmatch(r"\d+(:\d\d){3}", self.max_time) is not None,
+            f"trainer.max_time is written DD:HH:MM:SS, such as 00:12:00:00; got {self.max_time}",
+        )
         choose("trainer.precision", self.precision, PRECISIONS)
         choose("trainer.reduction", self.reduction, ("sum", "bitwise"))
         if self.reduction == "bitwise":
@@ -118,6 +130,14 @@ class TrainerConfig:
             f"{why} does not scale gradients: trainer.precision={self.precision} would lose small "
             "ones; use bf16-mixed or 32-true",
         )
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        if self.max_time is None:
+            return None
+        days, hours, minutes, seconds = map(int, self.max_time.split(":"))
+        return seconds + 60.0 * (minutes + 60 * (hours + 24 * days))
 
     @property
     def cpu_threads(self) -> int | None:

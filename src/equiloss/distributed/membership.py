@@ -11,12 +11,16 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
 from equiloss.config import TrainerConfig
+from equiloss.distributed import joining
 from equiloss.errors import ConfigError
 
+# The variables by which a process is known to be one of several.
+COUNTED_BY = {"torchrun": "TORCHELASTIC_RUN_ID", "srun": "SLURM_STEP_NUM_TASKS"}
 # In the environment of a rank that `equiloss.launching.ranks` started.
 CHILD = "EQUILOSS_RANK"
 
@@ -43,10 +47,10 @@ def external() -> Membership | None:
     starts its ranks itself. Only srun counts the tasks of a step.
     """
     variables = os.environ
-    if "TORCHELASTIC_RUN_ID" in variables:
+    if COUNTED_BY["torchrun"] in variables:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         return Membership("torchrun", *(int(variables[name]) for name in names))
-    tasks = int(variables.get("SLURM_STEP_NUM_TASKS", 1))
+    tasks = int(variables.get(COUNTED_BY["srun"], 1))
     if tasks > 1:
         nodes = int(variables.get("SLURM_STEP_NUM_NODES", 1))
         rank, local = (int(variables[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
@@ -88,7 +92,8 @@ def join(config: TrainerConfig) -> None:
     """Be one of a process group of another launcher's ranks, until this process ends.
 
     Raises:
-        ConfigError: if `trainer.devices` is another number than that of the ranks.
+        ConfigError: if `trainer.devices` is another number than that of the ranks, or if some of
+            them do not come.
     """
     group = external()
     if group is None:
@@ -117,8 +122,21 @@ def join(config: TrainerConfig) -> None:
         }
     if dist.is_initialized():
         return  # by an earlier job of the sweep: the ranks are the same
-    # What ranks agree on travels between CPUs, whatever trains.
-    dist.init_process_group("gloo" if config.accelerator == "cpu" else "cpu:gloo,cuda:nccl")
+    store = joining.meet(
+        group.rank,
+        group.world_size,
+        launcher=group.launcher,
+        way_out=f"without them, unset {COUNTED_BY[group.launcher]}",
+        seconds=config.rank_timeout_s,
+    )
+    dist.init_process_group(
+        # What ranks agree on travels between CPUs, whatever trains.
+        "gloo" if config.accelerator == "cpu" else "cpu:gloo,cuda:nccl",
+        store=dist.PrefixStore("equiloss/group", store),  # type: ignore[attr-defined]
+        rank=group.rank,
+        world_size=group.world_size,
+        timeout=timedelta(seconds=config.rank_timeout_s),
+    )
 
 
 def from_first_rank(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -37,7 +38,7 @@ from equiloss.losses.criterion import Criterion
 from equiloss.models.dropout import RowKeys
 from equiloss.training.classifier import Classifier
 from equiloss.training.step import MicroBatches
-from equiloss.training.trainer import environment, strategy
+from equiloss.training.trainer import strategy
 
 DTYPES = (torch.float64, torch.float32)
 # Relative to the gradient's norm: float64 rounds at 1e-16 and float32 at 6e-8, some ten layers
@@ -123,7 +124,7 @@ def _gradients(dtype: torch.dtype) -> list[Tensor]:
         enable_model_summary=False,
         use_distributed_sampler=False,
         strategy=strategy(world_size),
-        plugins=[*environment()],
+        plugins=[LightningEnvironment()],
     )
     # To a loader, a list is a dataset.
     slices: Any = [_own_slice(global_batch(step, dtype)) for step in steps(world_size)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from equiloss.distributed import membership
+from equiloss.distributed import interruption, membership
+from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import UserError
 from equiloss.launching import launch, sweep_table
 from equiloss.launching.composition_errors import explain
@@ -25,13 +25,11 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def main(application: Callable[[], Any]) -> None:
-    """Run a `@hydra.main` application and exit: 0, 1 if a job failed, 130 if interrupted.
+    """Run a `@hydra.main` application and exit: 0, 1 if a job failed, 128 + n after signal n.
 
     What a user caused is shown in one line without a traceback, unless HYDRA_FULL_ERROR=1.
     """
     membership.quieten_hydra(sys.argv)
-    # Schedulers end a job with SIGTERM: it is recorded like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     full_error = os.environ.get(FULL_ERROR)
     variables = {
         # Hydra then raises its errors, so that they can be shown in one line.
@@ -42,11 +40,12 @@ def main(application: Callable[[], Any]) -> None:
         ATTEMPT: None,
     }
     try:
-        with _environment(variables):
+        with interruption.listening(), _environment(variables):
             application()
             sweep = current_sweep()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Interrupted as interrupted:
+        interruption.end_with(interrupted.code)
+        sys.exit(interrupted.code)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         if full_error == "1":
             raise

@@ -12,33 +12,34 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from equiloss.config.resolved import ResolvedConfig, resolve
-from equiloss.distributed import membership
+from equiloss.distributed import interruption, membership
+from equiloss.distributed.interruption import OUT_OF_TIME, Interrupted
 from equiloss.errors import UserError
 from equiloss.imports import import_target
 from equiloss.launching import console, ranks, slots, sweep_table
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.ledger import ATTEMPT, Ledger
-from equiloss.launching.resume import claim
+from equiloss.launching.resume import claim, is_completed
 from equiloss.launching.sweep import direction
 from equiloss.records.results import Result
 from equiloss.records.run_dir import RESULTS, TRACEBACK, has_state
 
 # What the user wants of HYDRA_FULL_ERROR, which is set for Hydra: in other processes too.
 TRACEBACKS = "EQUILOSS_TRACEBACK"
-INTERRUPTED = "interrupted by the user"
 
 
 def launch(composed: DictConfig, run: str) -> float:
@@ -56,13 +57,23 @@ def launch(composed: DictConfig, run: str) -> float:
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     job = _Job(str(composed.get("objective")), run)
+    # In a worker of a launcher this process has no `command.main`.
+    with interruption.listening():
+        return _launch(composed, run_dir, job)
+
+
+def _launch(composed: DictConfig, run_dir: Path, job: _Job) -> float:
     try:
         resolved = resolve(composed)
         membership.join(resolved.config.trainer)
         return _do(resolved, run_dir, job)
-    except KeyboardInterrupt:
-        job.note("interrupted")
-        raise
+    except Interrupted as interrupted:
+        job.note("interrupted", error=str(interrupted))
+        if membership.external() is not None:
+            membership.leave(interrupted.code)
+        if not (job.in_sweep and interrupted.code == OUT_OF_TIME):
+            raise
+        return job.worst
     except Exception as error:  # whatever ends a job must not end the sweep
         job.report(error)
         job.note("failed", error=explain(error))
@@ -70,8 +81,7 @@ def launch(composed: DictConfig, run: str) -> float:
             membership.leave(1)
         if not job.in_sweep:
             sys.exit(1)
-        # The value that no sweeper takes for a success.
-        return -math.inf if job.direction == "maximize" else math.inf
+        return job.worst
 
 
 def _do(resolved: ResolvedConfig, run_dir: Path, job: _Job) -> float:
@@ -117,6 +127,11 @@ class _Job:
             self.directory = os.path.relpath(hydra.runtime.output_dir, self.sweep_dir)
             self.number = int(hydra.job.num)
 
+    @property
+    def worst(self) -> float:
+        """The objective that no sweeper takes for a success."""
+        return -math.inf if self.direction == "maximize" else math.inf
+
     def note(self, status: str, **details: Any) -> None:
         """Tell the sweep how this job is doing."""
         if self.in_sweep and membership.is_first():
@@ -140,17 +155,14 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     before = _version(run_dir / RESULTS)
     try:
         _run(resolved, run_dir, run)
-    except KeyboardInterrupt:
+    except Interrupted as interrupted:
         result = _result_so_far(resolved, run_dir, before)
         if membership.external() is not None and result.status == "failed":
             raise  # a rank has failed and said why, and its launcher ends the others
-        _record(resolved, run_dir, replace(result, status="interrupted", error=INTERRUPTED))
-        if has_state(run_dir):
-            print(
-                f"interrupted: the same command with hydra.run.dir={run_dir} goes on from the "
-                "last checkpoint",
-                file=sys.stderr,
-            )
+        result = replace(result, status="interrupted", error=str(interrupted))
+        _record(resolved, run_dir, result)
+        way_on = f": the same command with hydra.run.dir={run_dir} goes on" * has_state(run_dir)
+        print(f"{interrupted} after {_steps(result)}{way_on}", file=sys.stderr, flush=True)
         raise
     except Exception as error:
         result = _result_so_far(resolved, run_dir, before)
@@ -160,6 +172,11 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
         if not isinstance(error, UserError):
             error.add_note(f"traceback: {trace}")
         raise
+
+
+def _steps(result: Result) -> str:
+    taken = result.steps.get("taken", 0)
+    return f"{taken} step{'' if taken == 1 else 's'}"
 
 
 def _version(file: Path) -> tuple[int, int] | None:
@@ -195,7 +212,9 @@ def _run(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
 
             datasets.load(config.data)
         with slots.share(Path(hydra.sweep.dir).absolute(), config.trainer, parallel) as variables:
-            ranks.supervise(run_dir, run, world_size, config.trainer.cpu_threads, variables)
+            ranks.supervise(run_dir, run, world_size, config.trainer, variables)
+        if not is_completed(run_dir):
+            raise UserError("every rank ended without an error, and without the run's results")
         return
 
     import torch
@@ -204,13 +223,33 @@ def _run(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     try:
         if resolved.config.trainer.cpu_threads is not None:
             torch.set_num_threads(resolved.config.trainer.cpu_threads)
-        import_target(run, "run", UserError)(resolved, run_dir)
-    except SystemExit as stopped:
-        # Lightning turns Ctrl-C into an exit, and ignores further ones from then on.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt from stopped
+        with _no_exit():
+            import_target(run, "run", UserError)(resolved, run_dir)
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _no_exit() -> Iterator[None]:
+    """Take an end of this process for the failure of its run: without its results it is none else.
+
+    Raises:
+        UserError: in place of the exit.
+    """
+    process, leave = os.getpid(), os._exit
+
+    def refuse(status: int) -> NoReturn:
+        if os.getpid() != process:
+            leave(status)  # as every forked process does in its end
+        raise UserError(f"code of the run ended the process by os._exit({status})")
+
+    os._exit = refuse
+    try:
+        yield
+    except SystemExit as stopped:
+        raise UserError(f"code of the run ended the process by sys.exit({stopped.code})") from None
+    finally:
+        os._exit = leave
 
 
 def _objective(resolved: ResolvedConfig, result: Result) -> float:

@@ -1,38 +1,40 @@
 """The ranks of one job: started as plain modules, watched, and ended together.
 
 All ranks, the first included, are children of the process that composed the configuration. Each
-reads the run directory's resolved `config.yaml`, never the command line. Rendezvous variables
-are set in the children's environment only. (A first rank inside the Hydra process would wait
-for a rank that died before joining until the timeout, and pass its broken group on to the next
-job.)
+(`equiloss.launching.rank`) reads the run directory's resolved `config.yaml`, never the command
+line. Rendezvous variables are set in the children's environment only. (A first rank inside the
+Hydra process would wait for a rank that died before joining until the timeout, and pass its broken
+group on to the next job.)
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from equiloss.distributed import membership
+from equiloss.config import TrainerConfig
+from equiloss.distributed import interruption, membership
+from equiloss.distributed.interruption import BY_ANOTHER, Interrupted
 from equiloss.errors import UserError
-from equiloss.imports import import_target
+from equiloss.launching.pulse import PULSE, Pulse
 from equiloss.launching.slots import cores
-from equiloss.records.run_dir import CONFIG, RANKS, rank_error, rank_log
+from equiloss.records.run_dir import RANKS, last_step, rank_error, rank_log
 
 POLL_SECONDS = 0.05
 # Time for the other ranks to say what they saw, once one has failed.
 GRACE_SECONDS = 0.5
-INTERRUPT_SECONDS = 5.0
-INTERRUPTED = 130
+# Time in which a step is expected to end.
+PATIENCE_SECONDS = 10.0
+CLOSE_SECONDS = 60.0
 
 
 class RankError(UserError):
@@ -52,7 +54,7 @@ def supervise(
     run_dir: Path,
     run: str,
     world_size: int,
-    threads: int | None,
+    config: TrainerConfig,
     variables: Mapping[str, str] | None = None,
 ) -> None:
     """Start the ranks of a run and wait for them.
@@ -61,48 +63,101 @@ def supervise(
         run_dir: Holds `config.yaml`; the ranks' own output goes to `ranks/` in it.
         run: package.module:function that each of them calls.
         world_size: Ranks to start.
-        threads: CPU threads of each rank; None divides the cores among them.
+        config: CPU threads of each rank (None divides the cores among them), and after which
+            silence one has failed.
         variables: Further variables of the ranks' environment.
 
     Raises:
         RankError: if a rank fails; the others are ended, and the message is the failed rank's.
-        KeyboardInterrupt: if the user interrupts, after the ranks have ended.
+        Interrupted: if this process or a rank gets a signal, after the ranks have ended.
     """
     (run_dir / RANKS).mkdir(exist_ok=True)
     if not (run_dir / RANKS).is_symlink():
         # Of an attempt that this one continues, on other ranks maybe.
         for stale in (run_dir / RANKS).glob("rank*.*"):
             stale.unlink()
-    environment = _environment(world_size, threads) | dict(variables or {})
+    environment = _environment(world_size, config.cpu_threads) | dict(variables or {})
     ranks = [_start(run_dir, run, rank, environment) for rank in range(world_size)]
+    try:
+        with interruption.last_words(lambda: _end(ranks)):
+            _watch(ranks, run_dir, config.rank_timeout_s)
+        cause = _cause(ranks, run_dir)
+    finally:
+        _end(ranks)
+    if cause is not None:
+        raise cause
+
+
+def _watch(ranks: list[_Rank], run_dir: Path, timeout_s: float) -> None:
+    """Wait for ranks that complete, or for one that fails.
+
+    Raises:
+        RankError: if one gives no sign of life for so long.
+        Interrupted: as `supervise` does.
+    """
     try:
         while any(rank.running for rank in ranks):
             if any(rank.failed for rank in ranks):
                 _wait(ranks, GRACE_SECONDS)
                 break
             time.sleep(POLL_SECONDS)
-        cause = _cause(ranks, run_dir)
-    except KeyboardInterrupt:
+            for rank in ranks:
+                _listen(rank, run_dir, timeout_s)
+    except Interrupted as interrupted:
         # Ranks are in sessions of their own, so that each gets the signal exactly once: from
         # here, whether a terminal, a scheduler or a person sent it to this process.
-        for rank in ranks:
-            if rank.running:
-                rank.process.send_signal(signal.SIGINT)
-        _wait(ranks, INTERRUPT_SECONDS)
-        raise
-    finally:
-        for rank in ranks:
-            rank.end()
-    if cause is not None:
-        if any(rank.process.returncode == INTERRUPTED for rank in ranks):
-            raise KeyboardInterrupt
-        raise cause
+        _stop(ranks, interrupted.number)
+        if any(rank.failed for rank in ranks):
+            raise
+        return  # they have just completed
+    if any(rank.process.returncode == BY_ANOTHER for rank in ranks):
+        # The one that was asked closes its files.
+        _wait(ranks, CLOSE_SECONDS)
+    for asked in filter(None, [rank.interrupted for rank in ranks]):
+        # The others stop after the same step, or find no one to go on with.
+        _stop(ranks, asked.number)
+        raise asked
+
+
+def _listen(rank: _Rank, run_dir: Path, timeout_s: float) -> None:
+    before = rank.pulse.silence
+    rank.pulse.listen(POLL_SECONDS, rank.process.pid)
+    silent = f"rank {rank.number} (process {rank.process.pid}) has given no sign of life for"
+    if rank.running and rank.pulse.silence > timeout_s:
+        raise RankError(
+            f"{silent} {timeout_s:g} s, after step {last_step(run_dir)}: it is stopped, or its "
+            "machine hangs (trainer.rank_timeout_s)"
+        )
+    if rank.running and before <= PATIENCE_SECONDS < rank.pulse.silence:
+        print(f"{silent} {PATIENCE_SECONDS:g} s", file=sys.stderr, flush=True)
+
+
+def _stop(ranks: list[_Rank], number: int | None) -> None:
+    """Pass a signal on, and wait for the step under way to end."""
+    for rank in ranks:
+        if rank.running and number is not None:
+            rank.process.send_signal(number)
+    _wait(ranks, PATIENCE_SECONDS)
+    if any(rank.running for rank in ranks):
+        names = ", ".join(str(rank.number) for rank in ranks if rank.running)
+        print(
+            f"waiting for the step under way on rank {names}; a second signal ends it at once",
+            file=sys.stderr,
+            flush=True,
+        )
+        _wait(ranks, math.inf)
+
+
+def _end(ranks: list[_Rank]) -> None:
+    for rank in ranks:
+        rank.end()
 
 
 @dataclass
 class _Rank:
     number: int
     process: subprocess.Popen[bytes]
+    pulse: Pulse
 
     @property
     def running(self) -> bool:
@@ -112,10 +167,18 @@ class _Rank:
     def failed(self) -> bool:
         return self.process.poll() not in (None, 0)
 
+    @property
+    def interrupted(self) -> Interrupted | None:
+        """Why the rank stopped before its end, if it was asked to."""
+        code = self.process.returncode or 0
+        # One that does not train yet leaves a signal to the system.
+        return interruption.of_code(128 - code if code < 0 else code)
+
     def end(self) -> None:
         if self.running:
             self.process.kill()
         self.process.wait()
+        self.pulse.close()
         if self.process.stdin is not None:
             self.process.stdin.close()
 
@@ -139,9 +202,12 @@ def _environment(world_size: int, threads: int | None) -> dict[str, str]:
 def _start(run_dir: Path, run: str, number: int, environment: Mapping[str, str]) -> _Rank:
     # The first rank talks to the user.
     output = None if number == 0 else rank_log(run_dir, number).open("wb")
+    pulse = Pulse()
+    own = {"RANK": str(number), "LOCAL_RANK": str(number), PULSE: str(pulse.sends)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "equiloss.launching.ranks", str(run_dir), run],
-        env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)},
+        [sys.executable, "-m", "equiloss.launching.rank", str(run_dir), run],
+        env={**environment, **own},
+        pass_fds=[pulse.sends],
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,
@@ -149,7 +215,8 @@ def _start(run_dir: Path, run: str, number: int, environment: Mapping[str, str])
     )
     if output is not None:
         output.close()
-    return _Rank(number, process)
+    pulse.started()
+    return _Rank(number, process, pulse)
 
 
 def _wait(ranks: list[_Rank], seconds: float) -> None:
@@ -189,60 +256,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def _end_with_parent() -> None:
-    """End this rank when its supervisor ends, however it ends: its pipe then closes."""
-
-    def watch() -> None:
-        # Not sys.stdin: its lock, held while it waits, would be copied into forked loader
-        # workers, which close their stdin and would wait for it for ever.
-        while os.read(descriptor, 1):
-            pass
-        os._exit(1)
-
-    descriptor = sys.stdin.fileno()
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _main(run_dir: Path, run: str) -> int:
-    """Run one rank; returns the exit code."""
-    number = int(os.environ["LOCAL_RANK"])
-    _end_with_parent()
-    try:
-        import logging
-
-        from omegaconf import DictConfig, OmegaConf
-
-        from equiloss.config.resolved import resolve
-
-        logging.basicConfig(
-            level=logging.INFO if number == 0 else logging.WARNING,
-            format="[%(levelname)s] %(name)s: %(message)s",
-        )
-        stored = OmegaConf.load(run_dir / CONFIG)
-        assert isinstance(stored, DictConfig)
-        import_target(run, "run", UserError)(resolve(stored), run_dir)
-    except (KeyboardInterrupt, SystemExit):
-        return INTERRUPTED
-    except Exception as error:  # the supervisor reports it, whatever it is
-        own_words = isinstance(error, UserError)
-        word = {
-            "time": time.time(),
-            "message": str(error) if own_words else f"{type(error).__name__}: {error}",
-            # A user's mistake is the same mistake on every rank.
-            "everywhere": own_words,
-            "trace": traceback.format_exc(),
-        }
-        rank_error(run_dir, number).write_text(json.dumps(word), encoding="utf-8")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    code = _main(Path(sys.argv[1]), sys.argv[2])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: a process group whose other ranks are gone may wait for them while it closes.
-    os._exit(code)

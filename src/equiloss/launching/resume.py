@@ -31,6 +31,8 @@ MAY_CHANGE = PRESENTATION | {
     "trainer.accelerator",
     "trainer.devices",
     "trainer.threads",
+    "trainer.max_time",
+    "trainer.rank_timeout_s",
     "trainer.micro_batch_size",
     "data.root",
     "data.download",
@@ -95,7 +97,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 def _is_to_do(run_dir: Path, resolved: ResolvedConfig) -> bool:
     """Whether a directory is there for a run; raises where it is another one's."""
     stored = _stored(run_dir)
-    completed = _is_completed(run_dir)
+    completed = is_completed(run_dir)
     checkpoint = has_state(run_dir)
     if stored is None or not (completed or checkpoint or (run_dir / METRICS).exists()):
         return True  # nothing, or a run that failed before its first step
@@ -112,7 +114,8 @@ def _is_to_do(run_dir: Path, resolved: ResolvedConfig) -> bool:
     return not completed
 
 
-def _is_completed(run_dir: Path) -> bool:
+def is_completed(run_dir: Path) -> bool:
+    """Whether a directory holds the result of a completed run."""
     try:
         return Result.read(run_dir).status == "completed"
     except (OSError, ValueError, TypeError):

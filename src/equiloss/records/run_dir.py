@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def written(run_dir: Path) -> Iterator[Path]:
 def has_state(run_dir: Path) -> bool:
     """Whether a run has left a full state to go on from."""
     return any((run_dir / CHECKPOINTS / name).exists() for name in (LAST, PREVIOUS))
+
+
+def last_step(run_dir: Path) -> str:
+    """The newest step in metrics.csv, as far as it can be told: for messages."""
+    try:
+        with (run_dir / METRICS).open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 2**14, 0))
+            return file.read().splitlines()[-1].partition(b",")[0].decode()
+    except (OSError, IndexError, ValueError):
+        return "none"
 
 
 def set_aside(file: Path) -> Path:

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from equiloss.config import LoggerConfig
 from equiloss.config.resolved import PRESENTATION, ResolvedConfig, leaves
+from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import ConfigError
 from equiloss.records.atomic import write_atomically
 from equiloss.records.run_dir import TRACKERS, sweep_of
@@ -73,7 +74,7 @@ def tracked(
         trainer.loggers = [*trainer.loggers, *opened.values()]
         yield final
         status = "completed"
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
+    except Interrupted:
         status = "interrupted"
         raise
     finally:

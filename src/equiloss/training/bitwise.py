@@ -25,7 +25,7 @@ from equiloss.distributed import collectives
 from equiloss.errors import ConfigError
 from equiloss.losses import reduction
 from equiloss.losses.projection import Outputs, joined
-from equiloss.training.step import Accumulated
+from equiloss.training.step import Accumulated, wish_to_stop
 
 if TYPE_CHECKING:
     from equiloss.data.sources import Batch
@@ -94,13 +94,15 @@ class Shards:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         kept: list[Outputs] = []
         leaves = (self._leaf(batch, shard, parameters, kept) for shard in self._mine)
-        total, mass, gradient = tree_sum_over_ranks(leaves, self.shards).tensor_split((1, 2))
+        total, mass, wishes, gradient = tree_sum_over_ranks(leaves, self.shards).tensor_split(
+            (1, 2, 3)
+        )
         mass = mass.squeeze(0)
         sizes = [parameter.numel() for parameter in parameters]
         for parameter, part in zip(parameters, torch.split(gradient, sizes), strict=True):
             mean = reduction.mean(part, mass)
             parameter.grad = mean.view_as(parameter).to(parameter.dtype)
-        pending = collectives.PendingSum(total.squeeze(0), None)
+        pending = collectives.PendingSum(torch.cat([total, wishes]), None)
         return Accumulated(pending, mass, joined(kept), batch.target)
 
     @property
@@ -111,7 +113,7 @@ class Shards:
     def _leaf(
         self, batch: Batch, shard: int, parameters: Sequence[Tensor], kept: list[Outputs]
     ) -> Tensor:
-        """One shard's sum of losses, mass and gradient, in one vector."""
+        """One shard's sum of losses, mass, wish to stop and gradient, in one vector."""
         module, criterion = self.module, self.module.criterion
         rows = part_of(batch.rows, shard, self.shards)
         first = part_of(batch.rows, self._mine.start, self.shards).start
@@ -124,7 +126,8 @@ class Shards:
             part = criterion(outputs, target)
             kept.append(outputs.detached())
             gradients = torch.autograd.grad(part.total, parameters, materialize_grads=True)
-        numbers = (part.total.detach(), part.mass)
+        total = part.total.detach()
+        numbers = (total, part.mass, wish_to_stop(total))
         return torch.cat(
             [*(number.view(1) for number in numbers), *(part.flatten() for part in gradients)]
         )

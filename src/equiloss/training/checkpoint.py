@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from equiloss.config import CheckpointConfig
+from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.run_dir import BEST, LAST, PREVIOUS, set_aside
 from equiloss.training.checkpoint_file import AtomicCheckpointIO, verify
@@ -26,6 +29,7 @@ from equiloss.training.state import RunState
 if TYPE_CHECKING:
     from equiloss.records.metrics_csv import MetricsCsv
     from equiloss.training.classifier import Classifier
+    from equiloss.training.step import StepOutcome
 
 log = logging.getLogger(__name__)
 
@@ -101,13 +105,29 @@ class Checkpoints(Checkpoint):
             log.warning("no state of %s is whole: the run starts anew", self.directory.parent)
         self._damaged = []
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save the state every so many steps."""
-        every = self.config.every_n_steps
+    def on_train_batch_end(  # type: ignore[override]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Mapping[str, StepOutcome],
+        *_: Any,
+    ) -> None:
+        """Save the state every so many steps, and before a stop that a signal asked for.
+
+        Raises:
+            Interrupted: on every rank, after the same step.
+        """
         # An epoch's last batch is saved with its epoch, after validation: a run resumed between
         # the two would leave the validation out.
-        if every is not None and trainer.global_step % every == 0 and not trainer.is_last_batch:
+        if trainer.is_last_batch:
+            return
+        # Alone there is no one to agree with.
+        stop = outputs["outcome"].stop or (trainer.world_size == 1 and interruption.asked())
+        every = self.config.every_n_steps
+        if stop or (every is not None and trainer.global_step % every == 0):
             self._save_last(trainer)
+        if stop:
+            interruption.stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
         """Save the weights if the monitored metric is the best so far."""
@@ -122,8 +142,11 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.best_path, weights_only=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state at the end of each epoch."""
+        """Save the state at the end of each epoch, and stop if a signal has asked for it."""
         self._save_last(trainer)
+        wish = torch.tensor(float(interruption.asked() is not None), device=pl_module.device)
+        if collectives.max_over_ranks(wish) > 0:
+            interruption.stop()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state at the end of the run."""

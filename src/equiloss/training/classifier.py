@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from equiloss import randomness
 from equiloss.config import Config
 from equiloss.data.datasets import Batch
-from equiloss.distributed import collectives
+from equiloss.distributed import collectives, interruption
 from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Logits, Outputs, Projection
 from equiloss.models.dropout import RowKeys
@@ -118,6 +118,7 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Note from where training goes on, on how many ranks, and put the generators back."""
+        interruption.wait_for_steps()
         world_size = collectives.world_size()
         self.progress.segments.append({"from_step": self.global_step, "world_size": world_size})
         # A run that continues inside an epoch does not start the epoch again.
@@ -164,8 +165,13 @@ class Classifier(LightningModule):
 
     def on_validation_start(self) -> None:
         """Stop the clock."""
+        interruption.wait_for_steps()
         if self.trainer.state.fn == "fit":
             self.clock.lap(self.progress.counts)
+
+    def on_test_start(self) -> None:
+        """Have signals wait for the end of a batch."""
+        interruption.wait_for_steps()
 
     def on_validation_end(self) -> None:
         """Start the clock again."""
@@ -216,6 +222,9 @@ class Classifier(LightningModule):
         self.progress = self._resumed.progress
 
     def _evaluate(self, batch: Batch) -> Tensor:
+        # The validation of a fit goes on to its end: an epoch is saved with it.
+        if self.trainer.state.fn != "fit":
+            interruption.check()
         outputs = self.outputs(batch.images)
         # Ranks of classes and calibration are figures of the logits, whatever the loss takes.
         logits = outputs.logits()

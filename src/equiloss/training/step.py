@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from equiloss.distributed import collectives
+from equiloss.distributed import collectives, interruption
 from equiloss.errors import NonFiniteError
 from equiloss.losses import reduction, registry
 from equiloss.losses.projection import Outputs, joined
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 class Accumulated:
     """What the passes of one step have added up, when the parameters have their gradient."""
 
-    total: collectives.PendingSum
-    """Sum of the losses of the global batch, in nats; it may still be on its way."""
+    sums: collectives.PendingSum
+    """Sum of the losses of the global batch in nats, and number of ranks that were asked to stop
+    [2]; it may still be on its way."""
     mass: Tensor
     """Mass of the global batch, 0-dim."""
     outputs: Outputs
@@ -58,6 +59,8 @@ class StepOutcome(NamedTuple):
     """2-norm of the synchronised gradient before clipping."""
     skipped: bool
     """Whether the gradient scaler of 16-mixed held the optimizer back."""
+    stop: bool
+    """Whether a rank was asked to stop; every rank knows it in the same step."""
 
 
 class MicroBatches:
@@ -96,7 +99,7 @@ class MicroBatches:
                     mass = pending.wait()
                 if last:
                     # The log and the guard need the global loss: it travels during backward.
-                    travelling = collectives.start_sum(total)
+                    travelling = collectives.start_sum(torch.stack([total, wish_to_stop(total)]))
                 module.manual_backward(reduction.rank_loss(part.total, mass))
         return Accumulated(travelling, mass, joined(kept), batch.target)
 
@@ -105,6 +108,11 @@ class MicroBatches:
         if isinstance(strategy, ParallelStrategy):
             return strategy.block_backward_sync()
         return contextlib.nullcontext()
+
+
+def wish_to_stop(like: Tensor) -> Tensor:
+    """1 on a rank that was asked to stop, otherwise 0: it travels with what is summed anyway."""
+    return torch.full_like(like, float(interruption.asked() is not None))
 
 
 class GlobalStep:
@@ -158,11 +166,12 @@ class GlobalStep:
             p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        mean = reduction.mean(self.accumulated.total.wait(), mass)
-        values = torch.stack([mean.double(), norm.double(), mass.double()]).tolist()
-        loss, grad_norm, total_mass = values
+        total, asked = self.accumulated.sums.wait().unbind()
+        mean = reduction.mean(total, mass)
+        values = torch.stack([mean.double(), norm.double(), mass.double(), asked.double()])
+        loss, grad_norm, total_mass, stop = values.tolist()
         finite = math.isfinite(grad_norm)
-        self._outcome = StepOutcome(loss, total_mass, grad_norm, skipped=not finite)
+        self._outcome = StepOutcome(loss, total_mass, grad_norm, not finite, stop > 0)
         if not (finite and math.isfinite(loss)):
             if self._scaler_will_skip() and math.isfinite(loss):
                 return

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,6 +20,10 @@ from equiloss.config import Config
 from equiloss.distributed import membership
 from equiloss.training import progress_bar
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
+from equiloss.training.time_limit import TimeLimit
+
+# The longest time that 32 bits of milliseconds hold.
+WITHOUT_END = timedelta(days=24)
 
 
 def quieten_lightning() -> None:
@@ -58,7 +63,7 @@ def make_trainer(
     on_gpu = options.accelerator not in ("cpu", "auto") or torch.cuda.is_available()
     # A bar redraws itself, for which it needs a terminal.
     bar = config.progress_bar and sys.stdout.isatty()
-    return Trainer(
+    trainer = Trainer(
         accelerator=options.accelerator,
         devices=options.devices if group is None else group.local_world_size,
         num_nodes=1 if group is None else world_size // group.local_world_size,
@@ -72,7 +77,8 @@ def make_trainer(
         log_every_n_steps=options.log_every_n_steps,
         logger=list(loggers),
         callbacks=[*callbacks, *_configured_callbacks(config, bar=bar)],
-        plugins=[AtomicCheckpointIO(), *environment()],
+        # Lightning would otherwise guess a cluster from variables around us, such as SLURM's.
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],
         enable_progress_bar=bar,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -80,24 +86,33 @@ def make_trainer(
         default_root_dir=run_dir,
         **options.arguments,
     )
+    _leave_signals_alone(trainer)
+    return trainer
+
+
+def _leave_signals_alone(trainer: Trainer) -> None:
+    """Take out Lightning's own handling of signals: ours agrees on a step (see `interruption`).
+
+    It would broadcast inside a handler, which a rank that got no signal never answers, and in each
+    step, where it would also wait for the device.
+    """
+    signals, epochs = trainer._signal_connector, trainer.fit_loop.epoch_loop
+    signals.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    epochs._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def strategy(world_size: int) -> Strategy | str:
     """How so many ranks train together; each has a replica of the network."""
-    # Views of the buckets spare a copy of every gradient.
-    return DDPStrategy(gradient_as_bucket_view=True) if world_size > 1 else "auto"
-
-
-def environment() -> list[LightningEnvironment]:
-    """The variables of the environment by which this process is a rank, if it is one.
-
-    Lightning would otherwise guess the cluster from others around us, such as SLURM's.
-    """
-    is_rank = membership.is_child() or membership.external() is not None
-    return [LightningEnvironment()] if is_rank else []
+    if world_size == 1:
+        return "auto"
+    # Views of the buckets spare a copy of every gradient. How long ranks wait for each other is
+    # decided by who starts them: for a rank that lives, as long as it takes.
+    return DDPStrategy(gradient_as_bucket_view=True, timeout=WITHOUT_END)
 
 
 def _configured_callbacks(config: Config, *, bar: bool) -> Iterator[Callback]:
+    if config.trainer.max_seconds is not None:
+        yield TimeLimit(config.trainer.max_seconds)
     stop = config.early_stopping
     if stop.enabled:
         yield EarlyStopping(

@@ -1,0 +1,87 @@
+"""One rank, as `equiloss.launching.ranks` starts it: a plain module on a run's `config.yaml`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from equiloss.distributed import interruption
+from equiloss.distributed.interruption import Interrupted
+from equiloss.errors import UserError
+from equiloss.imports import import_target
+from equiloss.launching.pulse import start_pulse
+from equiloss.records.run_dir import CONFIG, rank_error
+
+
+def _end_with_parent() -> None:
+    """End this rank when its supervisor ends, however it ends: its pipe then closes."""
+
+    def watch() -> None:
+        # Not sys.stdin: its lock, held while it waits, would be copied into forked loader
+        # workers, which close their stdin and would wait for it for ever.
+        while os.read(descriptor, 1):
+            pass
+        os._exit(1)
+
+    descriptor = sys.stdin.fileno()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _main(run_dir: Path, run: str) -> int:
+    """Run one rank; returns the exit code."""
+    number = int(os.environ["LOCAL_RANK"])
+    interruption.leave_to_the_system()
+    start_pulse()
+    _end_with_parent()
+    try:
+        import logging
+
+        from omegaconf import DictConfig, OmegaConf
+
+        from equiloss.config.resolved import resolve
+
+        logging.basicConfig(
+            level=logging.INFO if number == 0 else logging.WARNING,
+            format="[%(levelname)s] %(name)s: %(message)s",
+        )
+        stored = OmegaConf.load(run_dir / CONFIG)
+        assert isinstance(stored, DictConfig)
+        import_target(run, "run", UserError)(resolve(stored), run_dir)
+    except Interrupted as interrupted:
+        return interrupted.code
+    except SystemExit as stopped:
+        _leave_word(
+            number, run_dir, UserError(f"code of the run ended it by sys.exit({stopped.code})")
+        )
+        return 1
+    except Exception as error:  # the supervisor reports it, whatever it is
+        _leave_word(number, run_dir, error)
+        return 1
+    return 0
+
+
+def _leave_word(number: int, run_dir: Path, error: Exception) -> None:
+    """Tell the supervisor what ended this rank."""
+    own_words = isinstance(error, UserError)
+    word = {
+        "time": time.time(),
+        "message": str(error) if own_words else f"{type(error).__name__}: {error}",
+        # A user's mistake is the same mistake on every rank.
+        "everywhere": own_words,
+        "trace": traceback.format_exc(),
+    }
+    rank_error(run_dir, number).write_text(json.dumps(word), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    code = _main(Path(sys.argv[1]), sys.argv[2])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a process group whose other ranks are gone may wait for them while it closes.
+    os._exit(code)
