@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from equiloss.errors import UserError
+
+
+@contextmanager
+def foreign_code() -> Iterator[None]:
+    """Turn what ends a process, such as `sys.exit`, into an `Exception` while the context lasts.
+
+    Ctrl-C still ends it.
+
+    >>> with foreign_code():
+    ...     raise SystemExit(3)
+    Traceback (most recent call last):
+    RuntimeError: it would end the process (SystemExit: 3)
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"it would end the process ({type(error).__name__}: {error})") from error
 
 
 def import_target(target: str, key: str, error: type[UserError]) -> Callable[..., Any]:
@@ -31,7 +51,8 @@ def import_target(target: str, key: str, error: type[UserError]) -> Callable[...
     if not (separator and module and attribute):
         raise error(f"{key} must read package.module:function, got {target!r}")
     try:
-        imported: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        with foreign_code():
+            imported: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except Exception as cause:  # a module may fail in any way
         kind = "" if isinstance(cause, (ImportError, AttributeError)) else type(cause).__name__
         why = f"{kind}: {cause}" if kind else str(cause)

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from equiloss.cli import catalogue
 from equiloss.errors import LossError, UserError, unknown
+from equiloss.imports import foreign_code
 from equiloss.launching.composition_errors import explain
 from equiloss.losses import registry
 from equiloss.losses.adapter import adapted
@@ -144,9 +145,10 @@ def _given_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]
     if not names:
         raise LossError("--set gives options to the losses that are named: name one")
     try:
-        signature = read(names[0], adapted(names[0], load(names[0])))
-    except LossError:
-        return {}  # the verdict will say so
+        with foreign_code():
+            signature = read(names[0], adapted(names[0], load(names[0])))
+    except Exception:  # a plugin may fail in any way, and the verdict will say so
+        return {}
     node = OmegaConf.structured(config_node(names[0], signature))
     keys = []
     for pair in pairs:

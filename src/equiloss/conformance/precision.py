@@ -73,9 +73,10 @@ def _inaccurate(subject: Subject, case: Case) -> Difference | None:
     bound = rounding(case, *exact)
     keywords: dict[str, Any] = {
         "weight": None if case.weight is None else case.logits.new_tensor(case.weight),
-        "ignore_index": subject.ignore_index(case),
         "label_smoothing": case.label_smoothing,
     }
+    if not case.soft:  # no row of probabilities is ignored, and torch refuses a class for them
+        keywords["ignore_index"] = subject.ignore_index(case)
     definition = oracle.cross_entropy(case.logits, case.target, **keywords)
     cross_entropy = Evaluation(definition.losses, definition.gradient)
     # In float64 a loss that is cross-entropy differs from it by rounding alone. The oracle's bound

@@ -146,7 +146,8 @@ def _step(job: Job) -> Step:
         try:
             subject = Subject(job.name, loss, job.options, registered=False)
             criterion = subject.new_criterion(case)
-            leaves |= dict(criterion.named_parameters())
+            learned = criterion.named_parameters()
+            leaves |= {key: value for key, value in learned if value.requires_grad}
             total, mass = criterion(subject.outputs(logits), case.target)
         except Exception as error:  # the loss's own; the other ranks wait for this one
             step.error = f"{type(error).__name__}: {error}"

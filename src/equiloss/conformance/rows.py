@@ -60,15 +60,16 @@ def pure(subject: Subject) -> None:
 
     def violates(case: Case) -> Difference | None:
         loss = subject.criterion(case).loss
-        arguments = subject.leading_arguments(case) | subject.keywords(case)
+        leading, keywords = subject.leading_arguments(case), subject.keywords(case)
+        arguments = leading | keywords
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
-        copies = {key: tensor.clone() for key, tensor in tensors.items()}
+        given = arguments | {key: tensor.clone() for key, tensor in tensors.items()}
         with torch.no_grad(), errors_of_the_loss():
-            loss(**(arguments | copies))
+            loss(*(given[key] for key in leading), **{key: given[key] for key in keywords})
         for key, before in tensors.items():
-            if not torch.equal(copies[key], before):
+            if not torch.equal(given[key], before):
                 what = f"{key} after the call"
-                return Difference(what, copies[key], before, without_criterion=True)
+                return Difference(what, given[key], before, without_criterion=True)
         return None
 
     cases = [subject.batch(4, 4)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from equiloss.conformance.case import Case, Evaluation, batch, class_weights, soft
 from equiloss.errors import LossError, unknown
+from equiloss.imports import foreign_code
 from equiloss.losses.adapter import adapted
 from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Logits, Outputs, Projection
@@ -34,7 +35,8 @@ class LossRaised(Exception):  # noqa: N818 - the error is the loss's own, its ca
 def errors_of_the_loss() -> Iterator[None]:
     """Turn what the loss raises into `LossRaised`."""
     try:
-        yield
+        with foreign_code():
+            yield
     except Exception as error:
         raise LossRaised(error) from error
 

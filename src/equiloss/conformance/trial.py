@@ -14,7 +14,7 @@ from equiloss.conformance.rows import loads
 from equiloss.conformance.subject import LossRaised, Subject
 from equiloss.conformance.verdict import Conformance, Outcome, Status
 from equiloss.errors import LossError, unknown
-from equiloss.imports import import_target
+from equiloss.imports import foreign_code, import_target
 from equiloss.losses import registry
 from equiloss.losses.signature import LossFunction
 
@@ -103,9 +103,12 @@ class _Trial:
             source = str(getattr(loss, "__module__", ""))
         trial = cls(name, source, None, options)
         try:
-            trial.subject = Subject(name, load(loss), options, registered=registered)
+            with foreign_code():
+                trial.subject = Subject(name, load(loss), options, registered=registered)
         except LossError as error:
             trial.record(loads, Broken.by_error(error), 0.0)
+        except Exception as error:  # a loss may fail in any way, and ends no other's trial
+            trial.record(loads, Broken.by_error(LossRaised(error)), 0.0)
         else:
             trial.subject.check_options()
         return trial
@@ -125,6 +128,8 @@ class _Trial:
             finding = raised
         except LossRaised as error:
             finding = Broken.by_error(error)
+        except Exception as error:  # such as an attribute of the loss that is no number
+            finding = Broken.by_error(LossRaised(error))
         self.record(law, finding, time.perf_counter() - began)
 
     def record(self, law: Law, finding: Finding, seconds: float) -> None:

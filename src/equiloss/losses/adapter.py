@@ -96,7 +96,7 @@ def _module(name: str, loss: type) -> type:
         for parameter in inspect.signature(loss).parameters.values()
         if parameter.name not in (REDUCTION, *DEPRECATED, *OF_CALLS)
     ]
-    _check_rows(name, PerSample())
+    _check_rows(name, lambda logits, target: PerSample()(logits, target))
     named = inspect.signature(loss).parameters
     PerSample.__init__.__signature__ = _signature(options, "self")  # type: ignore[attr-defined]
     PerSample.__init__.__annotations__ = {option.name: option.annotation for option in options}

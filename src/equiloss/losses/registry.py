@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, overload
 
 from equiloss.errors import LossError, unknown
-from equiloss.imports import import_target
+from equiloss.imports import foreign_code, import_target
 from equiloss.losses.adapter import adapted
 from equiloss.losses.signature import LossFunction, Signature, read
 
@@ -176,7 +176,8 @@ def _plugin(entry_point: EntryPoint) -> Provider:
                 f"{KEPT[entry_point.name]}"
             )
         try:
-            loss: LossFunction = entry_point.load()
+            with foreign_code():
+                loss: LossFunction = entry_point.load()
         except Exception as error:  # a plugin may fail in any way; it is named and breaks no other
             raise LossError(
                 f"loss {entry_point.name!r} of {source} ({entry_point.value}) cannot be "
@@ -188,10 +189,16 @@ def _plugin(entry_point: EntryPoint) -> Provider:
                 f"{type(loss).__name__}, not a function or class"
             )
         try:
-            loss = adapted(entry_point.name, loss)
-            read(entry_point.name, loss)
+            with foreign_code():
+                loss = adapted(entry_point.name, loss)
+                read(entry_point.name, loss)
         except LossError as error:
             raise LossError(f"{source}: {error}") from error
+        except Exception as error:  # whatever its attributes do when they are read
+            raise LossError(
+                f"{source}: loss {entry_point.name!r} cannot be used: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return loss
 
     return Provider(entry_point.name, source, load)
