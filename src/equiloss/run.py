@@ -125,6 +125,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
         num_classes=splits.num_classes,
         split_sizes={split: len(getattr(splits, split)) for split in ("train", "val", "test")},
         total_steps=total_steps,
+        data=splits.fingerprint() if config.task == "fit" else None,
     )
     data = ImageDataModule(
         splits,

@@ -255,6 +255,10 @@ def test_the_comparison_notices_a_generator_that_was_not_put_back(
         ("data.options={num_samples: 70}", "the length of the train split is 46 now and was 38"),
         ("data.max_samples=4", "the length of the train split is 4 now and was 38"),
         ("data.options={num_samples: 60, num_classes: 3}", "the number of classes is 3 now"),
+        (
+            "data.options={num_samples: 60, seed: 1}",
+            r"class 0 \(0\) of the train split is 3 images \(digest .*\) now and was 3 images",
+        ),
         ("loss=softmax_nll", "the loss is softmax_nll now and was cross_entropy"),
         ("loss.label_smoothing=0.1", r"loss.label_smoothing is 0.1 now and was 0.0"),
         ("seed=1", "seed is 1 now and was 0"),

@@ -52,7 +52,8 @@ def image_folder(config: DataConfig, *, channels: int = 3) -> Splits:
         raise ConfigError("data=image_folder needs data.root=, the directory of the classes")
     if channels not in (1, 3):
         raise ConfigError(f"data.options.channels is 1 (grey) or 3 (RGB), got {channels}")
-    class_names, files = _find(Path(config.root), config)
+    root = Path(config.root)
+    class_names, files = _find(root, config)
     sources = {}
     tail = long_tailed(files["train"].targets, class_names, config)
     if tail is not None:
@@ -60,7 +61,9 @@ def image_folder(config: DataConfig, *, channels: int = 3) -> Splits:
     for split in SPLITS:
         rows = limited(len(files[split].paths), config)
         paths, targets = files[split] if rows is None else files[split].at(rows)
-        sources[split] = FileSource(paths, targets, channels=channels, image_size=config.image_size)
+        sources[split] = FileSource(
+            paths, targets, channels=channels, image_size=config.image_size, root=root
+        )
     grey = channels == 1
     mean = (sum(IMAGENET_MEAN) / 3,) if grey else IMAGENET_MEAN
     std = (sum(IMAGENET_STD) / 3,) if grey else IMAGENET_STD

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from equiloss.data import fingerprint
 from equiloss.data.sampler import Slice
 from equiloss.errors import DataError
 
@@ -55,6 +56,18 @@ class Source(Dataset[Batch], ABC):
     def read(self, part: Slice) -> Tensor:
         """The slice's images [n, C, H, W] uint8."""
 
+    def fingerprint(self) -> dict[str, str]:
+        """What the samples are, part by part: a resumed run refuses to go on if one differs.
+
+        A source of your own may say more than its type, shape and targets:
+        `super().fingerprint() | {"the archive": "version 3"}`.
+        """
+        shape = "x".join(map(str, self.image_shape))
+        return {
+            "the source": f"{type(self).__name__} {shape}",
+            "the order of targets": fingerprint.of_tensor(self.targets),
+        }
+
     def __getitems__(self, part: Slice) -> Batch:
         # torch's loader calls this in place of __getitem__, with what the batch sampler yields.
         target = self.targets[part.indices]
@@ -86,6 +99,15 @@ class ArraySource(Source):
         """The slice's images [n, C, H, W] uint8."""
         return self.images.index_select(0, part.indices)
 
+    def fingerprint(self) -> dict[str, str]:
+        """As for every source, after a digest of each class's images."""
+        rows = fingerprint.rows_by_class(self.targets).items()
+        images = {
+            label: f"{len(own):,} images (digest {fingerprint.of_tensor(self.images[own])})"
+            for label, own in rows
+        }
+        return images | super().fingerprint()
+
 
 class FileSource(Source):
     """Images that are decoded from their files each time they are needed.
@@ -96,16 +118,24 @@ class FileSource(Source):
         channels: 1 for grey, 3 for RGB; files are converted.
         image_size: Height and width after resizing, in pixels (None: all files must have the
             size of the first).
+        root: Directory that may move elsewhere with all files (None: their paths stay).
 
     Raises:
         DataError: for a file that cannot be read, or that has another size without `image_size`.
     """
 
     def __init__(
-        self, files: Sequence[Path], targets: Tensor, *, channels: int, image_size: int | None
+        self,
+        files: Sequence[Path],
+        targets: Tensor,
+        *,
+        channels: int,
+        image_size: int | None,
+        root: Path | None = None,
     ) -> None:
         assert len(files) == len(targets) > 0
         self.files = list(files)
+        self.root = root
         self.channels = channels
         self.image_size = image_size
         _, height, width = decode(self.files[0], channels).shape
@@ -118,6 +148,15 @@ class FileSource(Source):
         for row, position in enumerate(part.indices.tolist()):
             images[row] = self._image(self.files[position])
         return images
+
+    def fingerprint(self) -> dict[str, str]:
+        """As for every source, after each class's files: their names and sizes, unread."""
+        rows = fingerprint.rows_by_class(self.targets).items()
+        files = {
+            label: fingerprint.of_files((self.files[row] for row in own.tolist()), self.root)
+            for label, own in rows
+        }
+        return files | super().fingerprint()
 
     def _image(self, file: Path) -> Tensor:
         image = decode(file, self.channels)  # [C, h, w]

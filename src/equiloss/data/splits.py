@@ -76,6 +76,16 @@ class Splits:
         known = targets[(targets >= 0) & (targets < self.num_classes)]
         return torch.bincount(known, minlength=self.num_classes)
 
+    def fingerprint(self) -> dict[str, str]:
+        """What the data are: names of the classes, then `Source.fingerprint` of each split."""
+        parts = {f"the name of class {n}": name for n, name in enumerate(self.class_names)}
+        named = {f"class {n}": f"class {n} ({name})" for n, name in enumerate(self.class_names)}
+        for split in SPLITS:
+            source: Source = getattr(self, split)
+            for part, value in source.fingerprint().items():
+                parts[f"{named.get(part, part)} of the {split} split"] = value
+        return parts
+
 
 def in_memory(config: DataConfig, pairs: Mapping[str, Pair], class_names: Sequence[str]) -> Splits:
     """Make splits of tensors, limited and resized as `config` says, with the training statistics.

@@ -36,6 +36,7 @@ class Classifier(LightningModule):
         num_classes: K.
         split_sizes: Samples of the `train`, `val` and `test` split.
         total_steps: Optimizer steps of a run that goes to its end.
+        data: `Splits.fingerprint`, for checkpoints (None: they say nothing of the data).
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Classifier(LightningModule):
         num_classes: int,
         split_sizes: dict[str, int],
         total_steps: int,
+        data: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         # Gradients are summed over micro-batches and ranks by `GlobalStep`, not by Lightning.
@@ -58,6 +60,7 @@ class Classifier(LightningModule):
         self.row_keys = row_keys
         self.split_sizes = split_sizes
         self.total_steps = total_steps
+        self.data = data or {}
         self.evaluation = EvaluationMetric(num_classes, criterion.ignore_index)
         accumulate = (
             bitwise.Shards(self, config.trainer.shards)
@@ -209,6 +212,7 @@ class Classifier(LightningModule):
             loss={"name": self.criterion.name, "options": self.criterion.options},
             progress=self.progress,
             rng=collectives.gather_objects(randomness.state(self.device)),
+            data=self.data,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from equiloss.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 KEY = "equiloss"
 
@@ -81,6 +84,8 @@ class RunState:
     progress: Progress
     rng: list[dict[str, Any]]
     """State of the random generators of each rank."""
+    data: dict[str, str] = field(default_factory=dict)
+    """`Splits.fingerprint`; empty in checkpoints of versions that had none."""
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put it into a checkpoint."""
@@ -124,6 +129,11 @@ class RunState:
                 for option, value in self.loss["options"].items()
             ),
         ]
+        if self.data:
+            parts = dict.fromkeys([*self.data, *other.data])
+            pairs += [(part, self.data.get(part), other.data.get(part)) for part in parts]
+        else:
+            log.info("the checkpoint has no digest of the data: they are taken to be the same")
         for what, before, now in pairs:
             if before != now:
                 raise CheckpointError(
