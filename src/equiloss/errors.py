@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 # A longer list of choices would bury the near miss.
 LISTED = 25
@@ -43,6 +44,30 @@ class NonFiniteError(UserError):
 
 class ParityError(UserError):
     """A formulation disagrees with the oracle beyond its bound."""
+
+
+class RecordError(UserError):
+    """A file that a run or a sweep left behind, and that is of no use.
+
+    Attributes:
+        file: Its path.
+        why: What is wrong with it, as the end of a sentence.
+    """
+
+    def __init__(self, file: Path, why: str) -> None:
+        self.file, self.why = file, printable(why)
+        super().__init__(f"{printable(str(file))} {self.why}: mend or remove that file")
+
+
+def printable(text: str) -> str:
+    r"""Text in one line, with every character that would steer a terminal written out.
+
+    >>> print(printable("red: \x1b[31m\n"))
+    red: \x1b[31m\n
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -154,9 +154,36 @@ def test_what_symbolic_links_lead_to_is_left_alone(tmp_path: Path) -> None:
     assert content(elsewhere) == before
 
 
-def test_results_that_cannot_be_read_are_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "(it is empty)"),
+        ("a: [", "(it is no YAML (did not find expected node content, line 2))"),
+        ("a: &a [1]\nb: *a", "(it has an alias, an anchor or a tag in line 1, as no run writes)"),
+        ("loss: {name: x}", "equiloss: name another directory"),
+    ],
+)
+def test_a_damaged_configuration_is_named_with_the_damage(text, words, tmp_path) -> None:
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(ConfigError) as caught, claim(tmp_path, composed()):
+        pass
+    assert str(caught.value).startswith(f"{tmp_path / CONFIG} is no configuration of a run")
+    assert words in str(caught.value)
+    assert "name another directory with hydra.run.dir=" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", '{"status": "comp', "[]", "\0", "[" * 9999),
+        '{"status": "completed", "config_hash": "0", "loss": {"name": "x"}, "metrics": []}',
+        '{"status": "completed", "config_hash": "0", "loss": {}}',
+        '{"status": "completed"}',
+    ],
+)
+def test_results_that_cannot_be_read_are_none(text: str, tmp_path: Path) -> None:
     began(tmp_path)
-    (tmp_path / RESULTS).write_text('{"status": "comp')
+    (tmp_path / RESULTS).write_text(text)
     with claim(tmp_path, composed()) as todo:
         assert todo
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from equiloss.cli.main import app
 from equiloss.config import TrainerConfig, resolved
 from equiloss.distributed import membership
-from equiloss.errors import ConfigError
+from equiloss.errors import ConfigError, RecordError
 from equiloss.invariance.interruption import bits
 from equiloss.launching import slots, sweep_table
 from equiloss.launching.ledger import ATTEMPT, Ledger
@@ -92,6 +93,46 @@ class TestLedger:
         with ledger.path.open("a") as file:
             file.write('{"attempt": "now", "job": 1, "dir')
         assert list(ledger.newest("now")) == [0]
+
+    def test_the_line_after_half_a_line_counts(self, ledger: Ledger) -> None:
+        """Several processes may write it, each sure that it is the first to do so."""
+        ledger.path.write_text('{"attempt": "now", "job": 1, "dir')
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda job: ledger.add(job, "a", "completed"), range(200)))
+        ledger.begin("now", jobs=200, objective="val/nll", direction="minimize")
+        assert list(ledger.newest("now")) == list(range(200))
+        assert ledger.attempt() is not None
+        assert ledger.damaged() == 1
+
+    @pytest.mark.parametrize(
+        "line", ["{}", "[]", "3", "\0", "[" * 9999, '{"job": 1}', '{"attempt": []}']
+    )
+    def test_a_line_that_says_nothing_is_counted(self, line: str, ledger: Ledger) -> None:
+        ledger.begin("now", jobs=2, objective="val/nll", direction="minimize")
+        with ledger.path.open("a") as file:
+            file.write(f"{line}\n")
+        ledger.add(0, "a", "completed")
+        assert list(ledger.newest("now")) == [0]
+        _, text = sweep_table.table(ledger.path.parent)
+        assert text.endswith("1 damaged line in ledger.jsonl")
+
+    @pytest.mark.parametrize("job", [[], 1.5, True, None, 10**400])
+    def test_an_entry_of_another_form_is_damage(self, job: object, ledger: Ledger) -> None:
+        ledger.add(0, "a", "completed")
+        entry = json.loads(ledger.path.read_text())
+        with ledger.path.open("a") as file:
+            file.write(json.dumps(entry | {"job": job}) + "\n")
+        assert list(ledger.newest("now")) == [0]
+        assert ledger.damaged() == 1
+
+    def test_a_file_of_another_kind_is_refused(self, ledger: Ledger) -> None:
+        ledger.path.write_text("garbage\n" * 2000)
+        with pytest.raises(RecordError, match=r"ledger.jsonl has more than 1000 damaged lines: "):
+            ledger.attempt()
+        ledger.path.unlink()
+        ledger.path.symlink_to("elsewhere")
+        with pytest.raises(RecordError, match=r"ledger.jsonl is a link, which is not followed: "):
+            ledger.add(0, "a", "completed")
 
     def test_an_objective_that_is_not_finite_is_none(self, ledger: Ledger) -> None:
         ledger.add(0, "a", "completed", objective=float("nan"))

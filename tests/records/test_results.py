@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from equiloss.errors import CheckpointError
 from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.results import Result, environment, metric_names
 from equiloss.records.run_dir import METRICS, RESULTS
@@ -76,6 +77,12 @@ class TestMetricsCsv:
         metrics.finalize("success")
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize("content", [b"", b"\xff\n1\n", b"step,a\n1,2\n"])
+    def test_a_damaged_file_is_not_continued(self, content, metrics, tmp_path):
+        (tmp_path / METRICS).write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"has lost rows.*checkpoints to begin"):
+            metrics.continue_after(1)
+
 
 class TestNames:
     def test_they_are_the_same_for_every_loss_and_distinct(self):
@@ -104,7 +111,7 @@ RESULT = Result(
     config_hash="0123abcd",
     loss={"name": "cross_entropy", "weight": [1.0, 2.0], "label_smoothing": 0.1},
     metrics={"test/acc": 0.1 + 0.2, "test/nll": 5e-324},
-    parity={"agree": True, "cross_entropy": {"loss_error": 1e-7, "nonfinite": 0}},
+    parity={"agree": True, "steps": 2, "cross_entropy": {"ratio": 0.1, "agree": True}},
     samples={"train_seen": 100, "val": 10, "test": 10},
     steps={"taken": 2, "skipped": 0, "zero_mass": 0},
     world_size=2,

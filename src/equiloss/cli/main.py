@@ -14,10 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from equiloss.cli import catalogue
-from equiloss.errors import LossError, UserError, unknown
+from equiloss.errors import LossError, UserError, printable, unknown
 from equiloss.imports import foreign_code
 from equiloss.launching.composition_errors import explain
 from equiloss.losses import registry
@@ -32,7 +33,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from error
 
 
@@ -202,7 +203,7 @@ def sweep(
     jobs, line = sweep_table.table(directory)
     console = Console()
     console.print(jobs)
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(Text(line), soft_wrap=True)
 
 
 @app.command()
@@ -223,10 +224,10 @@ def report(
     head, rows = table(comparison)
     metrics = Table(*(name.replace("test/", "test ") for name in head[:5]))
     for row in rows:
-        metrics.add_row(*row[:5])
+        metrics.add_row(*(Text(printable(cell)) for cell in row[:5]))
     console = Console()
     console.print(metrics)
     for place, why in comparison.run_set.skipped.items():
-        print(f"skipped {place}: {why}", file=sys.stderr)
-    console.print(str(comparison.verdict), highlight=False, soft_wrap=True)
-    console.print(f"report: {output or directories[0] / 'report'}/report.md", soft_wrap=True)
+        print(printable(f"skipped {place}: {why}"), file=sys.stderr)
+    console.print(Text(str(comparison.verdict)), soft_wrap=True)
+    console.print(Text(f"report: {output or directories[0] / 'report'}/report.md"), soft_wrap=True)

@@ -7,13 +7,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from equiloss.config import Config, TrainerConfig
 from equiloss.errors import ConfigError
@@ -63,20 +60,14 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
     return ResolvedConfig(config, plain, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
-def read_stored(file: Path) -> dict[str, Any] | None:
+def from_stored(plain: Mapping[str, Any]) -> dict[str, Any] | None:
     """A stored configuration, completed with today's defaults; None if it is none of ours.
 
     So a key that a later version adds makes no old run another configuration.
     """
-    try:
-        plain = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
-        return None
-    if not isinstance(plain, dict) or not plain.keys() >= MARKS:
-        return None
-    loss = plain["loss"]
-    named = isinstance(loss, dict) and "name" in loss
-    return with_defaults(cast(dict[str, Any], plain)) if named else None
+    loss = plain.get("loss")
+    named = isinstance(loss, dict) and isinstance(loss.get("name"), str)
+    return with_defaults(plain) if named and plain.keys() >= MARKS else None
 
 
 def with_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from equiloss.distributed import collectives
 from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance.cells import Cell, Part
 from equiloss.invariance.rank_runs import train
+from equiloss.records.reading import read_json
 from equiloss.records.results import Result
 from equiloss.records.run_dir import EVALUATION, LAST_CHECKPOINT
 
@@ -66,7 +66,7 @@ def compare(directory: Path, length: int, world_sizes: tuple[int, ...]) -> list[
 def _read(run_dir: Path) -> tuple[dict[str, Any], list[int], int]:
     """Metrics, entries of the confusion matrix [K·K] and samples of a run's test split."""
     result = Result.read(run_dir)
-    evaluation = json.loads((run_dir / EVALUATION).read_text(encoding="utf-8"))
+    evaluation = read_json(run_dir / EVALUATION)
     return result.metrics, list(chain(*evaluation["test"]["confusion"])), result.samples["test"]
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import Interrupted
-from equiloss.errors import UserError
+from equiloss.errors import UserError, printable
 from equiloss.launching import launch, sweep_table
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.ledger import ATTEMPT, SWEEP, Entry
@@ -58,7 +58,7 @@ def _close(sweep_dir: Path, entries: dict[int, Entry]) -> int:
     failed = {job: entry for job, entry in entries.items() if entry.status != "completed"}
     for job, entry in failed.items():
         cause = entry.error or "it ended without a word"
-        print(f"error: job {job} ({entry.directory}): {cause}", file=sys.stderr)
+        print(printable(f"error: job {job} ({entry.directory}): {cause}"), file=sys.stderr)
     if entries:
         jobs, _ = sweep_table.table(sweep_dir)
         Console().print(jobs)

@@ -10,33 +10,36 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from equiloss.config import SPLIT_METRICS
+from equiloss.errors import printable
 from equiloss.records.results import Result
 
 
 def show(result: Result, run_dir: Path) -> None:
     """Print the final metrics, the parity verdict, and where everything is."""
     console = Console()
-    table = Table(title=f"{result.loss['name']}: {result.status}")
+    table = Table(title=Text(printable(f"{result.loss['name']}: {result.status}")))
     table.add_column("metric")
     splits = [split for split in ("val", "test") if f"{split}/loss" in result.metrics]
     for split in splits:
         table.add_column(split, justify="right")
     for name in SPLIT_METRICS:
-        table.add_row(name, *(_readable(name, result.metrics[f"{s}/{name}"]) for s in splits))
+        table.add_row(name, *(_readable(name, result.metrics.get(f"{s}/{name}")) for s in splits))
     console.print(table)
-    console.print(verdict(result.parity), soft_wrap=True, highlight=False)
+    console.print(Text(printable(verdict(result.parity))), soft_wrap=True)
     timing = result.timing
     if timing.get("train_s"):
         console.print(
-            f"trained on {result.samples['train_seen']} samples in {timing['train_s']:.1f} s "
-            f"({timing['samples_per_s']:.0f} samples/s, {result.world_size} process"
+            f"trained on {result.samples.get('train_seen', 0)} samples "
+            f"in {timing['train_s']:.1f} s "
+            f"({timing.get('samples_per_s', 0):.0f} samples/s, {result.world_size} process"
             f"{'es' if result.world_size > 1 else ''})",
             highlight=False,
         )
-    console.print(f"run directory: {run_dir}", soft_wrap=True, highlight=False)
-    console.print(f"look at it:    tensorboard --logdir {run_dir}", soft_wrap=True, highlight=False)
+    for line in (f"run directory: {run_dir}", f"look at it:    tensorboard --logdir {run_dir}"):
+        console.print(Text(line), soft_wrap=True)
 
 
 def _readable(name: str, value: float | None) -> str:
@@ -55,8 +58,8 @@ def verdict(parity: dict[str, Any]) -> str:
         return "parity: not checked"
     formulations = {name: worst for name, worst in parity.items() if isinstance(worst, dict)}
     if parity["agree"]:
-        largest = max(worst["ratio"] for worst in formulations.values())
-        outside = {n: f["out_of_domain"] for n, f in formulations.items() if f["out_of_domain"]}
+        largest = max((worst["ratio"] or 0.0 for worst in formulations.values()), default=0.0)
+        outside = {n: f["out_of_domain"] for n, f in formulations.items() if f.get("out_of_domain")}
         beyond = "".join(f"; {rows} rows out of the domain of {n}" for n, rows in outside.items())
         return (
             f"parity: {', '.join(formulations)} match at {parity['steps']} steps "

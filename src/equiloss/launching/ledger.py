@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from equiloss.errors import RecordError
+from equiloss.records.reading import build, open_no_link, parse_json, read_bytes, reason
 from equiloss.records.run_dir import LEDGER
 
 # Inherited by every process that the launcher starts: the sweep, and which attempt at it.
@@ -22,7 +24,8 @@ SWEEP = "EQUILOSS_SWEEP"
 ATTEMPT = "EQUILOSS_SWEEP_ATTEMPT"
 
 
-_Line = TypeVar("_Line", "Attempt", "Entry")
+# A hundred thousand jobs, and what a file with more damage is no longer.
+MOST_MIB, MOST_DAMAGED = 64, 1000
 
 
 @dataclass(frozen=True)
@@ -84,24 +87,50 @@ class Ledger:
 
     def attempt(self, attempt: str | None = None) -> Attempt | None:
         """An attempt at the sweep, the newest one by default; None if there is none."""
-        attempts = [line for line in self._lines(Attempt) if attempt in (None, line.attempt)]
-        return attempts[-1] if attempts else None
+        attempts = [line for line in self._lines() if isinstance(line, Attempt)]
+        asked = [line for line in attempts if attempt in (None, line.attempt)]
+        return asked[-1] if asked else None
 
     def newest(self, attempt: str) -> dict[int, Entry]:
         """The newest line of each job of one attempt at the sweep."""
-        jobs = {entry.job: entry for entry in self._lines(Entry) if entry.attempt == attempt}
+        entries = [line for line in self._lines() if isinstance(line, Entry)]
+        jobs = {entry.job: entry for entry in entries if entry.attempt == attempt}
         return dict(sorted(jobs.items()))
 
-    def _append(self, line: Attempt | Entry) -> None:
-        # One write of one line to a file that is open for appending: lines do not mix.
-        with self.path.open("ab", buffering=0) as file:
-            file.write(json.dumps(asdict(line)).encode() + b"\n")
+    def damaged(self) -> int:
+        """How many lines say nothing, such as one that a crash cut short."""
+        return sum(line is None for line in self._lines())
 
-    def _lines(self, kind: type[_Line]) -> Iterator[_Line]:
-        if not self.path.is_file():
+    def _append(self, line: Attempt | Entry) -> None:
+        text = json.dumps(asdict(line)).encode() + b"\n"
+        try:
+            # One write of one line to a file that is open for appending: lines do not mix.
+            with open(self.path, "a+b", buffering=0, opener=open_no_link) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    # Half a line ends here first; two processes that do so leave an empty one.
+                    text = b"\n" + text
+                file.write(text)
+        except OSError as error:
+            raise RecordError(self.path, reason(error)) from error
+
+    def _lines(self) -> Iterator[Attempt | Entry | None]:
+        """Every line that is not empty; None for a damaged one."""
+        if not os.path.lexists(self.path):
             return
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                yield kind(**json.loads(line))
-            except (ValueError, TypeError):
-                continue  # of the other kind, or one that a crash cut short
+        damaged = 0
+        for text in read_bytes(self.path, MOST_MIB).decode(errors="replace").splitlines():
+            if text:
+                line = _parsed(text)
+                damaged += line is None
+                if damaged > MOST_DAMAGED:
+                    raise RecordError(self.path, f"has more than {MOST_DAMAGED} damaged lines")
+                yield line
+
+
+def _parsed(text: str) -> Attempt | Entry | None:
+    try:
+        tree = parse_json(text)
+        return build(Entry, tree) if "job" in tree else build(Attempt, tree)
+    except (ValueError, TypeError):
+        return None

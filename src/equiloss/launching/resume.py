@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from equiloss.config import LoggerConfig
-from equiloss.config.resolved import PRESENTATION, ResolvedConfig, leaves, read_stored
-from equiloss.errors import ConfigError
+from equiloss.config.resolved import PRESENTATION, ResolvedConfig, from_stored, leaves
+from equiloss.errors import ConfigError, RecordError, printable
 from equiloss.launching.lock import hold
 from equiloss.losses import registry
 from equiloss.records.atomic import write_atomically
+from equiloss.records.reading import read_yaml
 from equiloss.records.results import Result
 from equiloss.records.run_dir import CONFIG, METRICS, has_state, written
 
@@ -54,7 +55,7 @@ class Change(NamedTuple):
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.key} was {_shown(self.before)} and is {_shown(self.after)}"
+        return f"{printable(self.key)} was {_shown(self.before)} and is {_shown(self.after)}"
 
 
 @contextmanager
@@ -118,7 +119,7 @@ def is_completed(run_dir: Path) -> bool:
     """Whether a directory holds the result of a completed run."""
     try:
         return Result.read(run_dir).status == "completed"
-    except (OSError, ValueError, TypeError):
+    except RecordError:
         return False  # there is none, or none that can be read
 
 
@@ -130,15 +131,18 @@ def _stored(run_dir: Path) -> dict[str, Any] | None:
     """
     file = run_dir / CONFIG
     if not os.path.lexists(file):
-        left = sorted(str(path.relative_to(run_dir)) for path in written(run_dir))
+        left = sorted(printable(str(path.relative_to(run_dir))) for path in written(run_dir))
         if left:
             raise ConfigError(
                 f"{run_dir} holds {left[0]} and no {CONFIG} that tells whose it is: {WAY_OUT}"
             )
         return None
-    stored = read_stored(file)
+    try:
+        stored, why = from_stored(read_yaml(file)), ""
+    except RecordError as error:
+        stored, why = None, f" (it {error.why})"
     if stored is None:
-        raise ConfigError(f"{file} is no configuration of a run of equiloss: {WAY_OUT}")
+        raise ConfigError(f"{file} is no configuration of a run of equiloss{why}: {WAY_OUT}")
     return stored | {"loss": registry.with_defaults(stored["loss"])}
 
 

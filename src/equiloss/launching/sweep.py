@@ -68,16 +68,16 @@ class SweepCallback(Callback):
         directory.mkdir(parents=True, exist_ok=True)
         try:
             self._held.enter_context(hold(directory, wait=config.in_use == "wait"))
+            os.environ |= {SWEEP: str(directory), ATTEMPT: uuid.uuid4().hex}
+            Ledger(directory).begin(
+                os.environ[ATTEMPT],
+                jobs=number_of_jobs(config),
+                objective=config.objective,
+                direction=direction(config.hydra.sweeper, config.objective),
+            )
         except UserError as error:
             # Hydra turns an exception of a callback into a warning, and goes on.
             sys.exit(f"error: {error}")
-        os.environ |= {SWEEP: str(directory), ATTEMPT: uuid.uuid4().hex}
-        Ledger(directory).begin(
-            os.environ[ATTEMPT],
-            jobs=number_of_jobs(config),
-            objective=config.objective,
-            direction=direction(config.hydra.sweeper, config.objective),
-        )
         sampler = config.hydra.sweeper.get("sampler")
         if sampler is not None and "seed" in sampler and sampler.seed is None:
             print(

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
-from equiloss.errors import ConfigError
+from equiloss.errors import ConfigError, printable
 from equiloss.launching.ledger import Attempt, Entry, Ledger
 
 
@@ -20,7 +21,7 @@ def line(sweep_dir: Path, attempt: str) -> str:
     """
     ledger = Ledger(sweep_dir)
     begun = ledger.attempt(attempt)
-    return "" if begun is None else _line(sweep_dir, begun, ledger.newest(attempt))
+    return "" if begun is None else _line(ledger, begun, ledger.newest(attempt))
 
 
 def table(sweep_dir: Path) -> tuple[Table, str]:
@@ -28,6 +29,7 @@ def table(sweep_dir: Path) -> tuple[Table, str]:
 
     Raises:
         ConfigError: if the directory is not a sweep's.
+        RecordError: if its ledger cannot be read.
     """
     ledger = Ledger(sweep_dir)
     begun = ledger.attempt()
@@ -38,24 +40,29 @@ def table(sweep_dir: Path) -> tuple[Table, str]:
         )
     entries = ledger.newest(begun.attempt)
     best = _best(begun, entries)
-    jobs = Table("job", title=sweep_dir.resolve().name)
+    jobs = Table("job", title=plain(sweep_dir.resolve().name))
     jobs.add_column("run", overflow="fold")  # a name that is cut short names nothing
     for head in ("status", begun.objective, "time"):
-        jobs.add_column(head)
+        jobs.add_column(plain(head))
     for job, entry in entries.items():
         value = "" if entry.objective is None else f"{entry.objective:.6g}"
         seconds = time.time() - entry.time if entry.status == "running" else entry.seconds
         jobs.add_row(
             str(job),
-            entry.directory,
-            "completed earlier" if entry.skipped else entry.status,
+            plain(entry.directory),
+            plain("completed earlier" if entry.skipped else entry.status),
             f"{value} (best)" if entry == best else value,
             "" if entry.skipped or seconds is None else _duration(seconds),
         )
-    return jobs, _line(sweep_dir, begun, entries)
+    return jobs, _line(ledger, begun, entries)
 
 
-def _line(sweep_dir: Path, begun: Attempt, entries: dict[int, Entry]) -> str:
+def plain(text: str) -> Text:
+    """Text that Rich shows as it is, whatever it holds: a name is no markup."""
+    return Text(printable(text))
+
+
+def _line(ledger: Ledger, begun: Attempt, entries: dict[int, Entry]) -> str:
     counts = {
         status: sum(entry.status == status for entry in entries.values())
         for status in ("completed", "running", "failed", "interrupted")
@@ -75,7 +82,9 @@ def _line(sweep_dir: Path, begun: Attempt, entries: dict[int, Entry]) -> str:
     best = _best(begun, entries)
     if best is not None:
         parts.append(f"best {begun.objective} {best.objective:.6g} in {best.directory}")
-    return f"sweep {sweep_dir.name}: {', '.join(parts)}"
+    if damaged := ledger.damaged():
+        parts.append(f"{damaged} damaged line{'s' if damaged > 1 else ''} in {ledger.path.name}")
+    return printable(f"sweep {ledger.path.parent.name}: {', '.join(parts)}")
 
 
 def _best(begun: Attempt, entries: dict[int, Entry]) -> Entry | None:

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from equiloss.errors import printable
+
 # Names and counts of more classes would lie on each other.
 MOST_CLASSES = 20
+
+
+# A longer name leaves no room for the picture.
+MOST_LETTERS = 200
+
+
+def label(name: str, width: int = MOST_LETTERS) -> str:
+    """A name as Matplotlib shows it, in lines of some width: as it is, though it had a formula."""
+    text = printable(name)
+    text = text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"
+    return fill(text, width).replace("$", r"\$")
 
 
 def draw_confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
@@ -29,8 +43,9 @@ def confusion(axes: Axes, counts: Sequence[Sequence[int]], names: Sequence[str])
     classes = range(len(names))
     if len(names) > MOST_CLASSES:
         return
-    axes.set_xticks(classes, names, rotation=90, fontsize=8)
-    axes.set_yticks(classes, names, fontsize=8)
+    labels = [label(name) for name in names]
+    axes.set_xticks(classes, labels, rotation=90, fontsize=8)
+    axes.set_yticks(classes, labels, fontsize=8)
     digits = max(len(str(value)) for row in counts for value in row)
     # A matrix is about 2.4 inches wide, and a digit two thirds as wide as it is high.
     size = min(8.0, 2.4 * 72 / len(names) / (0.67 * digits))

@@ -19,13 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equiloss.config import SPLIT_METRICS
+from equiloss.errors import RecordError
 from equiloss.records.atomic import write_atomically
+from equiloss.records.reading import build, fits, read_json
 from equiloss.records.run_dir import EVALUATION, METRICS, RESULTS
 
 if TYPE_CHECKING:
     import torch
 
 
+# What is read of a formulation in `Result.parity`.
+AGREEMENT = {"ratio": float | None, "agree": bool, "out_of_domain": int}
 TRAIN_METRICS = ("loss", "grad_norm", "lr", "samples_per_s", "skipped_steps")
 
 
@@ -96,8 +100,31 @@ class Result:
 
     @classmethod
     def read(cls, directory: Path) -> Result:
-        """Read a directory's results.json."""
-        return cls(**json.loads((directory / RESULTS).read_text(encoding="utf-8")))
+        """Read a directory's results.json.
+
+        Raises:
+            RecordError: if there is none, or none as a run writes it.
+        """
+        file = directory / RESULTS
+        tree = read_json(file)
+        try:
+            result = build(cls, tree)
+        except ValueError as error:
+            raise RecordError(file, str(error)) from error
+        parity = result.parity
+        rules = {
+            "status": result.status in ("completed", "failed", "interrupted"),
+            "loss": fits(result.loss, {"name": str}),
+            "parity": not parity or fits(parity, {"steps": int, "agree": bool}),
+            **{
+                f"parity of {name}": fits({"out_of_domain": 0, **each}, AGREEMENT)
+                for name, each in parity.items()
+                if isinstance(each, dict)
+            },
+        }
+        if odd := [name for name, holds in rules.items() if not holds]:
+            raise RecordError(file, f"is of another form: {', '.join(odd)}")
+        return result
 
 
 def write_evaluations(

@@ -23,8 +23,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from equiloss.config import LoggerConfig
 from equiloss.config.resolved import PRESENTATION, ResolvedConfig, leaves
 from equiloss.distributed.interruption import Interrupted
-from equiloss.errors import ConfigError
+from equiloss.errors import ConfigError, RecordError
 from equiloss.records.atomic import write_atomically
+from equiloss.records.reading import fits, read_json
 from equiloss.records.run_dir import TRACKERS, sweep_of
 
 if TYPE_CHECKING:
@@ -187,23 +188,30 @@ def end_killed(config: LoggerConfig, run_dir: Path, status: str) -> None:
         run_dir: The run's directory.
         status: failed | interrupted.
     """
-    run_id = _known(run_dir).get("mlflow")
-    if not config.mlflow.enabled or run_id is None:
+    if not config.mlflow.enabled:
         return
     try:
         from mlflow import MlflowClient, MlflowException
     except ModuleNotFoundError:
         return  # what ended the run, then
-    with suppress(MlflowException):  # nor may it hide what ended the run
+    # Nor may a damaged file hide what ended the run.
+    with suppress(MlflowException, RecordError):
+        run_id = _known(run_dir).get("mlflow")
         client = MlflowClient(_tracking_uri(config, run_dir))
-        if client.get_run(run_id).info.status == "RUNNING":
+        if run_id is not None and client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, MLFLOW_STATUS[status])
 
 
 def _known(run_dir: Path) -> dict[str, str]:
-    """Read the trackers' ids of a run, as an earlier attempt left them in `trackers.json`."""
+    """Read the trackers' ids of a run, as an earlier attempt left them in `trackers.json`.
+
+    Raises:
+        RecordError: if they cannot be read; without the file, each tracker gets a new run.
+    """
     file = run_dir / TRACKERS
-    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known: dict[str, str] = read_json(file) if os.path.lexists(file) else {}
+    if not fits(known, dict[str, str]):
+        raise RecordError(file, "holds no names of a tracker's runs")
     return known
 
 

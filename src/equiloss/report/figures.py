@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -38,14 +37,20 @@ class Picture:
 
 
 def draw_all(comparison: Comparison, directory: Path) -> list[Picture]:
-    """Draw every picture that there are figures for; an older one of the same name goes."""
+    """Draw every picture that there are figures for; an older one of the same name goes.
+
+    One that cannot be drawn is noted among what was skipped.
+    """
     drawn = []
     for picture in PICTURES:
         file = directory / f"{picture.name}.png"
         file.unlink(missing_ok=True)
-        if (figure := picture.draw(comparison)) is not None:
-            figure.savefig(file, dpi=panels.DPI, metadata={"Software": None})
-            drawn.append(picture)
+        try:
+            if (figure := picture.draw(comparison)) is not None:
+                figure.savefig(file, dpi=panels.DPI, metadata={"Software": None})
+                drawn.append(picture)
+        except (ValueError, ArithmeticError):  # Matplotlib's, whose axes end before float64 does
+            comparison.run_set.skipped[file.name] = "is not drawn: its values are too far apart"
     return drawn
 
 
@@ -130,7 +135,7 @@ def _divergence(comparison: Comparison) -> Figure | None:
         here = {name: {**looks[name], "linewidth": widths[name]} for name in curves}
         panels.logarithmic(axes, curves, here, bound=None if inexact else FLOAT64_BOUND)
         axes.set(xlabel="optimizer step", ylabel="relative difference")
-        axes.set_title(f"{kind}, {precision}", fontsize=10)
+        axes.set_title(plots.label(f"{kind}, {precision}"), fontsize=10)
     panels.legend_below(figure, grid)
     return figure
 
@@ -148,7 +153,7 @@ def _confusion(comparison: Comparison) -> Figure | None:
         same = [run for run in runs if run.evaluation["class_names"] == names]
         counts = np.sum([run.evaluation["test"]["confusion"] for run in same], axis=0)  # [K, K]
         part = "" if len(same) == len(runs) else f" ({len(same)} of {len(runs)} runs)"
-        axes.set_title(fill(group.label + part, 40), fontsize=9)
+        axes.set_title(plots.label(group.label + part, 40), fontsize=9)
         plots.confusion(axes, counts.tolist(), [str(name) for name in names])
         axes.set_xlabel("predicted class")
     grid[0].set_ylabel("true class")
@@ -206,7 +211,8 @@ def _time(comparison: Comparison) -> Figure | None:
                 error = spread.deviation or 0.0
                 axes.barh(place, spread.mean, xerr=error, capsize=3, color=panels.COLOURS[5])
         axes.set(xlabel=label, ylim=(len(groups) - 0.5, -0.5))
-        axes.set_yticks(range(len(groups)), [fill(group.label, 40) for group in groups], fontsize=9)
+        labels_of_groups = [plots.label(group.label, 40) for group in groups]
+        axes.set_yticks(range(len(groups)), labels_of_groups, fontsize=9)
     grid[1].set_yticklabels([])
     return figure
 

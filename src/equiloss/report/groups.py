@@ -14,10 +14,13 @@ from typing import Any
 from equiloss.config.resolved import PRESENTATION
 from equiloss.report.runs import Run
 
+# The square of a larger one is infinite.
+LARGEST = 1e150
+
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over runs; NaN where the figure of one run is not finite."""
+    """Mean and standard deviation over runs; NaN where the figure of one run is beyond float64."""
 
     mean: float
     deviation: float | None
@@ -33,7 +36,7 @@ class Spread:
         """
         if not values:
             return None
-        if not all(map(math.isfinite, values)):
+        if not all(abs(value) < LARGEST for value in values):
             return cls(math.nan, None, len(values))
         deviation = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), deviation, len(values))
@@ -62,7 +65,8 @@ class Group:
         where none is completed.
         """
         by_step = values_by_step(self.completed or self.runs, name)
-        return [(step, statistics.fmean(v), min(v), max(v)) for step, v in by_step]
+        # Not fmean, which raises where infinities cancel.
+        return [(step, sum(v) / len(v), min(v), max(v)) for step, v in by_step]
 
     def between_seeds(self, name: str) -> list[float]:
         """Relative differences of a final metric between its completed runs of different seeds."""
@@ -111,8 +115,7 @@ def differing(trees: Iterable[Mapping[str, Any]], *left_out: str) -> dict[str, l
 
 def _canonical(value: Any) -> str:
     """A value as text, the same for equal values."""
-    # A date is the one thing that YAML knows and JSON does not.
-    return json.dumps(value, sort_keys=True, default=str)
+    return json.dumps(value, sort_keys=True)
 
 
 class RunMatcher:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from equiloss.errors import printable
 from equiloss.records.atomic import write_atomically
 from equiloss.records.results import json_ready
 from equiloss.report.compare import FINAL_METRICS, TIMING, Comparison, compare
@@ -35,6 +37,8 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Com
     Raises:
         ReportError: if there is no run, or the report cannot be written.
     """
+    if output is None and (directories[0] / "report").is_symlink():
+        raise ReportError(f"{directories[0]}/report is a link, not followed: give --output")
     output = output or directories[0] / "report"
     comparison = compare(find_runs(directories))
     try:
@@ -44,7 +48,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Com
         text = json.dumps(data(comparison), indent=1, allow_nan=False, default=str)
         write_atomically(output / "report.json", text + "\n")
     except OSError as error:
-        raise ReportError(f"the report cannot be written to {output}: {error}") from error
+        raise ReportError(f"the report cannot be written to {output}: {error.strerror}") from error
     return comparison
 
 
@@ -85,11 +89,11 @@ def page(comparison: Comparison, pictures: Sequence[Picture] = ()) -> str:
     """The report in Markdown, with the pictures that were drawn."""
     verdict = comparison.verdict
     lines = ["# Report", "", f"Do the runs match? **{verdict.word}**", ""]
-    lines += [f"- {line}" for line in verdict.lines]
+    lines += [f"- {_escaped(line)}" for line in verdict.lines]
     for title, items in _warnings(comparison).items():
         if items:
             lines += ["", f"## {title}", ""]
-            lines += [f"- {' '.join(item.split())}" for item in items]
+            lines += [f"- {_escaped(item)}" for item in items]
     lines += ["", "## Final metrics", "", "Mean ± sample standard deviation over seeds.", ""]
     lines += _markdown_table(*table(comparison))
     if comparison.pairs:
@@ -102,7 +106,9 @@ def page(comparison: Comparison, pictures: Sequence[Picture] = ()) -> str:
         lines += ["", f"## {picture.title}", "", caption, ""]
         lines += [f"![{picture.title}]({picture.name}.png)"]
     lines += ["", "## Keys that differ between the runs", ""]
-    lines += [f"- `{key}`: {_format(values)}" for key, values in comparison.differing.items()]
+    for key, values in comparison.differing.items():
+        # Within backticks nothing else is Markdown.
+        lines.append(f"- `{printable(key).replace('`', '')}`: {_escaped(_format(values))}")
     if not comparison.differing:
         lines.append("None.")
     return "\n".join(lines) + "\n"
@@ -146,9 +152,18 @@ def _pairs_table(pairs: Sequence[Pair]) -> list[str]:
     return [*_markdown_table(head, rows), *note]
 
 
+def _escaped(text: str) -> str:
+    r"""Text that Markdown shows as it is, in one line, whoever chose the names in it.
+
+    >>> print(_escaped("![a|b](http://c) <img> `d`"))
+    !\[a\|b\](http://c) \<img\> \`d\`
+    """
+    return re.sub(r"([\\`|<>\[\]*~$])", r"\\\1", printable(" ".join(text.split())))
+
+
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table whose first column is words and the others are figures."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    cells = [[_escaped(cell) for cell in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], f"|---|{'---:|' * (len(head) - 1)}", *lines[1:]]
 

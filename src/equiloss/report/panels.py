@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from equiloss.records.plots import label as shown
 from equiloss.report.runs import Series
 
 # Okabe & Ito, "Color universal design", 2008: told apart by the colour-blind.
@@ -61,7 +61,7 @@ def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(entries) / columns) + 0.2)
     figure.legend(
         entries.values(),
-        [fill(label, 110) for label in entries],
+        [shown(label, 110) for label in entries],
         loc="outside lower center",
         ncols=columns,
         fontsize=9,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections import Counter
@@ -13,13 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra.errors import HydraException
-from yaml import YAMLError
-
 from equiloss.config.resolved import leaves, with_defaults
-from equiloss.errors import UserError
+from equiloss.errors import RecordError, UserError
 from equiloss.losses import registry
+from equiloss.records.reading import fits, read_json, read_text, read_yaml
 from equiloss.records.results import Result
 from equiloss.records.run_dir import CONFIG, EVALUATION, METRICS, MULTIRUN, RESULTS, sweep_of
 from equiloss.report.sweeps import swept_keys
@@ -27,13 +23,10 @@ from equiloss.report.sweeps import swept_keys
 Series = list[tuple[int, float]]
 """Values of a metric by optimizer step."""
 LOSS = "loss."
-# What reading a file of another form can raise.
-UNREADABLE = (
-    *(OSError, ValueError, TypeError, LookupError, AttributeError),
-    *(csv.Error, YAMLError, HydraException),
-)
-# The C loader where there is one: a hundred configurations a second, or a thousand.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Some hundred thousand rows; and the largest matrix that a run writes.
+METRICS_MIB, MOST_CLASSES = 64, 100
+BINS = ("rows", "confidence", "right")
+COUNTS = {"confusion": list[list[int]] | None, "calibration": dict.fromkeys(BINS, list[float])}
 
 
 class ReportError(UserError):
@@ -101,7 +94,7 @@ def find_runs(directories: Sequence[Path]) -> RunSet:
     depths = {place: len(place.relative_to(root).parts) or 1 for place, root in roots.items()}
     for place, name in _unique_names(depths).items():
         sweep = sweep_names[sweeps[place]]
-        with _skip_unreadable(place, run_set.skipped):
+        with _skip_unreadable(place, run_set.skipped, "the run is left out"):
             run_set.runs.append(_read_run(place, name, sweep, run_set.skipped))
     if not run_set.runs:
         unread = "".join(f"; skipped {place} ({why})" for place, why in run_set.skipped.items())
@@ -109,8 +102,8 @@ def find_runs(directories: Sequence[Path]) -> RunSet:
     _complete_losses(run_set.runs)
     for directory, name in sweep_names.items():
         multirun = directory / MULTIRUN
-        if multirun.is_file():
-            with _skip_unreadable(multirun, run_set.skipped):
+        if os.path.lexists(multirun):
+            with _skip_unreadable(multirun, run_set.skipped, "what was swept is unknown"):
                 run_set.swept[name] = swept_keys(multirun)
     return run_set
 
@@ -161,78 +154,74 @@ def _unique_names(depths: dict[Path, int]) -> dict[Path, str]:
 
 
 @contextmanager
-def _skip_unreadable(path: Path, skipped: dict[str, str]) -> Iterator[None]:
-    """Record in `skipped` why a path cannot be read, instead of raising."""
+def _skip_unreadable(path: Path, skipped: dict[str, str], lost: str) -> Iterator[None]:
+    """Record in `skipped` why a path cannot be read and what is lost by it, instead of raising."""
     try:
         yield
-    except UNREADABLE as error:
-        message, _, _ = str(error).partition("\n")
-        skipped[str(path)] = f"{type(error).__name__}: {message}"
+    except RecordError as error:
+        what = "" if error.file == path else f"{error.file.name} "
+        skipped[str(path)] = f"{what}{error.why}: {lost} until that file is mended or removed"
 
 
 def _read_run(place: Path, name: str, sweep: str, skipped: dict[str, str]) -> Run:
     """Read a run directory; metrics or an evaluation that cannot be read are skipped."""
-    config = yaml.load((place / CONFIG).read_text(encoding="utf-8"), Loader=_LOADER)
-    if not isinstance(config, dict):
-        raise TypeError(f"{CONFIG} holds no configuration")
-    if (place / RESULTS).is_file():
+    config = read_yaml(place / CONFIG)
+    if not fits(config, {"loss": {"name": str}}):
+        raise RecordError(place / CONFIG, "names no loss")
+    if os.path.lexists(place / RESULTS):
         result = Result.read(place)
-        _validate(result)
     else:
         # Killed before it could leave a word, or still at work.
         result = Result("unfinished", "", {"name": config["loss"]["name"], "options": {}})
     run = Run(name, place, sweep, dict(leaves(with_defaults(config))), result)
+    if not fits(run.settings.get("parity.formulations", []), list[str]):
+        raise RecordError(place / CONFIG, "has parity.formulations that are no list of names")
     metrics, evaluation = place / METRICS, place / EVALUATION
-    if metrics.is_file():
-        with _skip_unreadable(metrics, skipped):
+    if os.path.lexists(metrics):
+        with _skip_unreadable(metrics, skipped, "the run's curves are left out"):
             run.metrics = _read_metrics(metrics)
-    if evaluation.is_file():
-        with _skip_unreadable(evaluation, skipped):
+    if os.path.lexists(evaluation):
+        with _skip_unreadable(evaluation, skipped, "its matrix and calibration are left out"):
             run.evaluation = _read_evaluation(evaluation)
     return run
-
-
-def _validate(result: Result) -> None:
-    """Refuse what only looks like a result: the comparison counts on these fields."""
-    if result.status not in ("completed", "failed", "interrupted"):
-        raise ValueError(f"{RESULTS}: unknown status {result.status!r}")
-    numbers = [*result.metrics.values(), *result.timing.values(), result.world_size]
-    if result.parity:
-        numbers += [result.parity["steps"], result.parity["agree"]]
-    for agreement in result.parity.values():
-        if isinstance(agreement, dict):
-            numbers += [agreement["ratio"], agreement["agree"]]
-    for number in numbers:
-        if not isinstance(number, int | float | None):
-            raise TypeError(f"{RESULTS}: {number!r} is no number")
-    dict(leaves(result.environment))
-    result.loss["name"]  # every result has one
 
 
 def _read_metrics(file: Path) -> dict[str, Series]:
     """Every logged metric by name."""
     metrics: dict[str, Series] = {}
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(file, METRICS_MIB).splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # the last line of a run that was killed while it wrote
     rows = csv.reader(lines)
-    names = next(rows, [])
-    for row in rows:
-        step = int(row[0])
-        for name, text in zip(names[1:], row[1:], strict=True):
-            if text:
-                metrics.setdefault(name, []).append((step, float(text)))
+    try:
+        names = next(rows, [])
+        if names[:1] not in ([], ["step"]):
+            raise ValueError(names)
+        for row in rows:
+            step = int(row[0])
+            for name, text in zip(names[1:], row[1:], strict=True):
+                if text:
+                    metrics.setdefault(name, []).append((step, float(text)))
+            if not 0 <= step < 1 << 63:
+                raise ValueError(step)
+    except (ValueError, IndexError, csv.Error) as error:
+        raise RecordError(file, f"has no row of numbers in line {rows.line_num}") from error
     return metrics
 
 
 def _read_evaluation(file: Path) -> dict[str, Any]:
     """Confusion matrix and calibration bins of each split, checked for their shapes."""
-    evaluation: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    evaluation = read_json(file)
+    if not fits(evaluation, {"class_names": list[str]}):
+        raise RecordError(file, "has no names of classes")
     classes = len(evaluation["class_names"])
     for split in evaluation.keys() - {"class_names"}:
+        if not fits(evaluation[split], COUNTS):
+            raise RecordError(file, f"has no counts of {split}")
         confusion, bins = evaluation[split]["confusion"], evaluation[split]["calibration"]
-        if confusion is not None and [len(row) for row in confusion] != [classes] * classes:
-            raise ValueError(f"{split}: the confusion matrix is not one of {classes} classes")
-        if len({len(bins[key]) for key in ("rows", "confidence", "right")}) != 1:
-            raise ValueError(f"{split}: the bins of calibration do not belong together")
-    return evaluation
+        sizes = [classes] if confusion is None else [len(confusion), *map(len, confusion)]
+        if {*sizes} != {classes} or (confusion and classes > MOST_CLASSES):
+            raise RecordError(file, f"has a matrix of {split} that is not one of its classes")
+        if len({len(bins[key]) for key in BINS}) != 1:
+            raise RecordError(file, f"has bins of {split} that do not belong together")
+    return dict(evaluation)

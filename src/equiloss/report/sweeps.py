@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from equiloss.errors import RecordError
+from equiloss.records.reading import fits, read_yaml
+
+# The parser of overrides needs a second for some ten thousand letters.
+MOST_LETTERS = 50_000
+NOTED = {"hydra": {"overrides": {"task": list[str]}, "sweeper": dict[str, Any]}}
 
 
 def swept_keys(multirun: Path) -> set[str]:
     """Keys and config groups with several values, in the command or in the sweeper's parameters.
 
     Raises:
-        KeyError: if the file is not what Hydra writes; what reading it raises, likewise.
+        RecordError: if the file is not what Hydra writes.
     """
-    hydra = yaml.safe_load(multirun.read_text(encoding="utf-8"))["hydra"]
-    params = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*params, *hydra["overrides"]["task"]])
+    tree = read_yaml(multirun)
+    params = (tree["hydra"]["sweeper"].get("params") or {}) if fits(tree, NOTED) else None
+    if not isinstance(params, dict):
+        raise RecordError(multirun, "is not what Hydra notes of a sweep")
+    texts = [f"{key}={value}" for key, value in params.items()]
+    texts += tree["hydra"]["overrides"]["task"]
+    if sum(map(len, texts)) > MOST_LETTERS:
+        raise RecordError(multirun, f"has overrides of more than {MOST_LETTERS} characters")
+    try:
+        overrides = OverridesParser.create().parse_overrides(texts)
+    except (HydraException, RecursionError) as error:
+        raise RecordError(multirun, "has overrides that Hydra cannot read") from error
     # The command has the last word over the parameters.
     varied = {override.key_or_group: override.is_sweep_override() for override in overrides}
     return {key for key, several in varied.items() if several}

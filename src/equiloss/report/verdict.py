@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from equiloss.errors import printable
 from equiloss.report.pairs import FORMULATIONS, WORLD_SIZES, Pair, first_beyond, maximum
 from equiloss.report.runs import Run, Series
 
@@ -35,7 +35,7 @@ class Verdict:
 
     def __str__(self) -> str:
         """The word and the lines, for a terminal."""
-        return "\n- ".join([f"verdict: {self.word}", *self.lines])
+        return "\n- ".join([f"verdict: {self.word}", *map(printable, self.lines)])
 
 
 @dataclass
@@ -228,4 +228,4 @@ def _promised_bits(pairs: Sequence[Pair], verdict: Verdict) -> None:
 
 
 def _drift(differences: Sequence[float]) -> str:
-    return f"{maximum(differences):.2g} ({statistics.fmean(differences):.2g} on average)"
+    return f"{maximum(differences):.2g} ({sum(differences) / len(differences):.2g} on average)"
