@@ -16,7 +16,7 @@ from rich.console import Console
 from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import UserError, printable
-from equiloss.launching import launch, sweep_table
+from equiloss.launching import launch, streams, sweep_table
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.ledger import ATTEMPT, SWEEP, Entry
 from equiloss.launching.sweep import current_sweep
@@ -29,6 +29,7 @@ def main(application: Callable[[], Any]) -> None:
 
     What a user caused is shown in one line without a traceback, unless HYDRA_FULL_ERROR=1.
     """
+    streams.make_optional()
     membership.quieten_hydra(sys.argv)
     full_error = os.environ.get(FULL_ERROR)
     variables = {

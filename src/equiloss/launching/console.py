@@ -5,6 +5,7 @@ Without Lightning, which takes seconds to import: a process that supervises rank
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from rich.text import Text
 from equiloss.config import SPLIT_METRICS
 from equiloss.errors import printable
 from equiloss.records.results import Result
+from equiloss.records.run_dir import TRAIN_LOG
 
 
 def show(result: Result, run_dir: Path) -> None:
-    """Print the final metrics, the parity verdict, and where everything is."""
-    console = Console()
+    """Print the final metrics, the parity verdict, and where everything is; also to train.log."""
+    console = Console(record=True)
     table = Table(title=Text(printable(f"{result.loss['name']}: {result.status}")))
     table.add_column("metric")
     splits = [split for split in ("val", "test") if f"{split}/loss" in result.metrics]
@@ -40,6 +42,8 @@ def show(result: Result, run_dir: Path) -> None:
         )
     for line in (f"run directory: {run_dir}", f"look at it:    tensorboard --logdir {run_dir}"):
         console.print(Text(line), soft_wrap=True)
+    with suppress(OSError), (run_dir / TRAIN_LOG).open("a", encoding="utf-8") as log:
+        log.write(console.export_text())
 
 
 def _readable(name: str, value: float | None) -> str:

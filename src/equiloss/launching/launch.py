@@ -30,7 +30,7 @@ from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import OUT_OF_TIME, Interrupted
 from equiloss.errors import UserError
 from equiloss.imports import import_target
-from equiloss.launching import console, ranks, slots, sweep_table
+from equiloss.launching import console, ranks, slots, streams, sweep_table
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.ledger import ATTEMPT, Ledger
 from equiloss.launching.resume import claim, is_completed
@@ -55,6 +55,7 @@ def launch(composed: DictConfig, run: str) -> float:
         The metric that `objective` names. For a failed job the worst possible value, since an
         exception or NaN would end a sweeper's whole study.
     """
+    streams.make_optional()  # in a worker of a parallel launcher, too
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     job = _Job(str(composed.get("objective")), run)
     # In a worker of a launcher this process has no `command.main`.

@@ -14,8 +14,9 @@ from equiloss.distributed import interruption
 from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import UserError
 from equiloss.imports import import_target
+from equiloss.launching import streams
 from equiloss.launching.pulse import start_pulse
-from equiloss.records.run_dir import CONFIG, rank_error
+from equiloss.records.run_dir import CONFIG, TRAIN_LOG, rank_error
 
 
 def _end_with_parent() -> None:
@@ -38,6 +39,7 @@ def _main(run_dir: Path, run: str) -> int:
     number = int(os.environ["LOCAL_RANK"])
     interruption.leave_to_the_system()
     start_pulse()
+    streams.make_optional()
     _end_with_parent()
     try:
         import logging
@@ -49,6 +51,10 @@ def _main(run_dir: Path, run: str) -> int:
         logging.basicConfig(
             level=logging.INFO if number == 0 else logging.WARNING,
             format="[%(levelname)s] %(name)s: %(message)s",
+            handlers=[
+                logging.StreamHandler(),
+                *([logging.FileHandler(run_dir / TRAIN_LOG, encoding="utf-8")] * (number == 0)),
+            ],
         )
         stored = OmegaConf.load(run_dir / CONFIG)
         assert isinstance(stored, DictConfig)
