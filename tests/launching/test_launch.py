@@ -70,7 +70,7 @@ MISTAKES = [
     ("checkpoint.monitor=val/accuracy", ["'val/accuracy'", "val/acc"]),
     ("task=test", ["ckpt_path", "task=test"]),
     ("resume=maybe", ["resume", "'maybe'", "auto, never"]),
-    ("in_use=ignore", ["in_use", "'ignore'", "refuse, wait"]),
+    ("in_use=ignore", ["in_use", "'ignore'", "refuse, wait, unlocked"]),
     ("task=test ckpt_path=/nowhere.ckpt", ["no checkpoint at /nowhere.ckpt"]),
     ("parity.formulations=[cross_entropi]", ["'cross_entropi'", "Did you mean 'cross_entropy'?"]),
 ]

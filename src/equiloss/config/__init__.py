@@ -72,7 +72,8 @@ class Config:
     resume: str = "auto"
     """auto | never: continue the interrupted run that a directory holds, or refuse to touch it."""
     in_use: str = "refuse"
-    """refuse | wait: what to do about a directory that another process is working on."""
+    """refuse | wait: what to do about a directory that another process is working on. unlocked:
+    refuse it, and use a file system that has no locks without them."""
     test_weights: str = "best"
     """best | last: the weights that are tested after a fit."""
     objective: str = "val/nll"
@@ -85,7 +86,7 @@ class Config:
     def __post_init__(self) -> None:
         choose("task", self.task, ("fit", "validate", "test"))
         choose("resume", self.resume, ("auto", "never"))
-        choose("in_use", self.in_use, ("refuse", "wait"))
+        choose("in_use", self.in_use, ("refuse", "wait", "unlocked"))
         choose("test_weights", self.test_weights, ("best", "last"))
         names = [f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS]
         choose("objective", self.objective, names)

@@ -212,7 +212,8 @@ def _run(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
             from equiloss.data import datasets
 
             datasets.load(config.data)
-        with slots.share(Path(hydra.sweep.dir).absolute(), config.trainer, parallel) as variables:
+        sweep_dir = Path(hydra.sweep.dir).absolute()
+        with slots.share(sweep_dir, config.trainer, parallel, config.in_use) as variables:
             ranks.supervise(run_dir, run, world_size, config.trainer, variables)
         if not is_completed(run_dir):
             raise UserError("every rank ended without an error, and without the run's results")

@@ -74,7 +74,7 @@ def claim(run_dir: Path, resolved: ResolvedConfig) -> Iterator[bool]:
             directory is left as it was.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with hold(run_dir, wait=resolved.config.in_use == "wait"):
+    with hold(run_dir, resolved.config.in_use):
         todo = _is_to_do(run_dir, resolved)
         if todo:
             write_atomically(run_dir / CONFIG, resolved.text)

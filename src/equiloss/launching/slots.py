@@ -7,7 +7,7 @@ as many as it needs, or waits until it can.
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import os
 import platform
 import time
@@ -22,6 +22,9 @@ from hydra.types import RunMode
 from equiloss.config import TrainerConfig
 from equiloss.distributed import membership
 from equiloss.errors import ConfigError
+from equiloss.launching.lock import NoLocksError, lock
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -61,19 +64,23 @@ def cores() -> list[int]:
 
 
 @contextmanager
-def share(directory: Path, config: TrainerConfig, parallel: int) -> Iterator[dict[str, str]]:
+def share(
+    directory: Path, config: TrainerConfig, parallel: int, in_use: str = "refuse"
+) -> Iterator[dict[str, str]]:
     """Hold this job's part of the machine while the context lasts.
 
     Args:
         directory: The sweep's, where the lock files are; machines may share it.
         config: How many devices of which kind the job needs, and how many threads.
         parallel: Jobs that may run at the same time; with 1 there is nothing to divide.
+        in_use: unlocked: where the file system has no locks, divide nothing.
 
     Yields:
         Variables of the environment for the job's ranks.
 
     Raises:
         ConfigError: if the job needs more GPUs than there are.
+        NoLocksError: if the file system has no locks.
     """
     if parallel == 1:
         yield {}
@@ -87,7 +94,14 @@ def share(directory: Path, config: TrainerConfig, parallel: int) -> Iterator[dic
     with ExitStack() as held:
         folder = directory / ".slots" / platform.node()
         names = [f"core{core}" for core in everywhere]
-        mine = _take(folder, names, min(each, len(names)), held)
+        try:
+            mine = _take(folder, names, min(each, len(names)), held)
+        except NoLocksError:
+            if in_use != "unlocked":
+                raise
+            log.warning("the file system of %s has no locks: jobs share all cores and GPUs", folder)
+            yield {}
+            return
         variables = {}
         if gpus:
             graphics = _take(folder, [f"gpu{gpu}" for gpu in gpus], devices, held)
@@ -104,13 +118,11 @@ def _take(folder: Path, names: Sequence[str], count: int, held: ExitStack) -> li
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         with (folder / "turn").open("a") as turn:
-            fcntl.lockf(turn, fcntl.LOCK_EX)
+            lock(turn, wait=True)
             taken: dict[str, TextIOWrapper] = {}
             for name in names:
                 file = (folder / name).open("a")
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
+                if not lock(file):
                     file.close()
                     continue
                 taken[name] = file

@@ -67,7 +67,7 @@ class SweepCallback(Callback):
         directory = Path(config.hydra.sweep.dir).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            self._held.enter_context(hold(directory, wait=config.in_use == "wait"))
+            self._held.enter_context(hold(directory, config.in_use))
             os.environ |= {SWEEP: str(directory), ATTEMPT: uuid.uuid4().hex}
             Ledger(directory).begin(
                 os.environ[ATTEMPT],
