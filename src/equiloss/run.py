@@ -254,8 +254,7 @@ def _loggers(parts: Parts) -> Iterator[dict[str, float]]:
             run_dir.clear(parts.directory, continued=continued)
         stack.callback(parts.metrics_csv.close)
         if parts.board is not None:
-            parts.board.describe_run()
-            stack.callback(parts.board.close)
+            stack.enter_context(parts.board.opened())
         yield final
 
 

@@ -72,6 +72,8 @@ MISTAKES = [
     ("resume=maybe", ["resume", "'maybe'", "auto, never"]),
     ("in_use=ignore", ["in_use", "'ignore'", "refuse, wait, unlocked"]),
     ("task=test ckpt_path=/nowhere.ckpt", ["no checkpoint at /nowhere.ckpt"]),
+    ("hydra.run.dir=/dev/null/run", ["cannot use /dev/null/run: not a directory", "hydra.run.dir"]),
+    ("-m hydra.sweep.dir=/dev/null", ["cannot use /dev/null: file exists", "hydra.sweep.dir"]),
     ("parity.formulations=[cross_entropi]", ["'cross_entropi'", "Did you mean 'cross_entropy'?"]),
 ]
 

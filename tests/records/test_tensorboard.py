@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from equiloss.data.sampler import Slice
+from equiloss.records import tensorboard
 from equiloss.records.plots import draw_confusion
 from equiloss.records.results import metric_names, read_metrics
-from equiloss.records.tensorboard import HPARAMS, chart_layout
+from equiloss.records.tensorboard import HPARAMS, RunTensorBoard, chart_layout
+from equiloss.records.writing import FileError
 from equiloss.run import run
 from equiloss.training.evaluation_figures import draw_worst
-from support import composed
+from support import composed, no_room
 
 FORMULATIONS = ["softmax_nll", "log_softmax_nll", "cross_entropy"]
 
@@ -109,3 +114,35 @@ def test_the_worst_images_are_those_with_the_largest_loss() -> None:
     image = torch.as_tensor(figure.axes[0].images[0].get_array())
     batch = splits.test.__getitems__(Slice(0, torch.tensor([2])))
     assert torch.equal(image, batch.images[0, 0])
+
+
+def board(directory: Path) -> RunTensorBoard:
+    config = {"loss": {"name": "cross_entropy"}}
+    return RunTensorBoard(directory, config=config, config_text="", metrics=[], formulations=[])
+
+
+def test_an_event_file_on_a_full_disk_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the writer's thread prints no traceback of its own."""
+    logger, opened = board(tmp_path), ExitStack()
+    opened.enter_context(logger.opened())
+    words = f"^cannot write {tmp_path}/events.*: file too large"
+    with no_room(), pytest.raises(FileError, match=words):
+        logger.log_metrics({f"train/{number}": 1.0 for number in range(1000)}, 0)
+    with pytest.raises(FileError, match=words):
+        opened.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_event_file_that_hangs_holds_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tensorboard, "CLOSE_SECONDS", 0.1)
+    answers = threading.Event()
+    logger = board(tmp_path)
+    with logger.opened():
+        monkeypatch.setattr(RecordWriter, "write", lambda *_: answers.wait(60))
+        logger.log_metrics({"train/loss": 1.0}, 0)
+    assert "is not whole: writing it takes too long" in caplog.text
+    answers.set()

@@ -47,8 +47,9 @@ def main(application: Callable[[], Any]) -> None:
     except Interrupted as interrupted:
         interruption.end_with(interrupted.code)
         sys.exit(interrupted.code)
-    except (HydraException, OmegaConfBaseException, UserError) as error:
-        if full_error == "1":
+    except Exception as error:
+        mendable = isinstance(error, (HydraException, OmegaConfBaseException, UserError, OSError))
+        if full_error == "1" or not (mendable or isinstance(error.__cause__, OSError)):
             raise
         sys.exit(f"error: {explain(error)}")
     sys.exit(0 if sweep is None else _close(*sweep))

@@ -8,6 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from equiloss.config import REFUSED_TRAINER_ARGUMENTS
 from equiloss.errors import UserError, unknown
+from equiloss.records.writing import refusal
 
 
 def explain(error: BaseException) -> str:
@@ -23,6 +24,10 @@ def explain(error: BaseException) -> str:
         return unknown(group or "config", name, error.options or [])
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _explain_composition(error)
+    # The logging module makes a ValueError of a log file that cannot be opened.
+    for refused in (error, error.__cause__):
+        if isinstance(refused, OSError) and refused.errno is not None:
+            return refusal(refused)
     return f"{type(error).__name__}: {error}"
 
 

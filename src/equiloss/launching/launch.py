@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,8 +35,10 @@ from equiloss.launching.composition_errors import explain
 from equiloss.launching.ledger import ATTEMPT, Ledger
 from equiloss.launching.resume import claim, is_completed
 from equiloss.launching.sweep import direction
+from equiloss.records.atomic import write_atomically
 from equiloss.records.results import Result
 from equiloss.records.run_dir import RESULTS, TRACEBACK, has_state
+from equiloss.records.writing import FileError
 
 # What the user wants of HYDRA_FULL_ERROR, which is set for Hydra: in other processes too.
 TRACEBACKS = "EQUILOSS_TRACEBACK"
@@ -69,7 +71,8 @@ def _launch(composed: DictConfig, run_dir: Path, job: _Job) -> float:
         membership.join(resolved.config.trainer)
         return _do(resolved, run_dir, job)
     except Interrupted as interrupted:
-        job.note("interrupted", error=str(interrupted))
+        with suppress(FileError):  # which would let the sweep go on
+            job.note("interrupted", error=str(interrupted))
         if membership.external() is not None:
             membership.leave(interrupted.code)
         if not (job.in_sweep and interrupted.code == OUT_OF_TIME):
@@ -77,9 +80,11 @@ def _launch(composed: DictConfig, run_dir: Path, job: _Job) -> float:
         return job.worst
     except Exception as error:  # whatever ends a job must not end the sweep
         job.report(error)
-        job.note("failed", error=explain(error))
-        if membership.external() is not None:
-            membership.leave(1)
+        try:
+            job.note("failed", error=explain(error))
+        finally:
+            if membership.external() is not None:
+                membership.leave(1)
         if not job.in_sweep:
             sys.exit(1)
         return job.worst
@@ -169,9 +174,10 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
         result = _result_so_far(resolved, run_dir, before)
         _record(resolved, run_dir, replace(result, status="failed", error=explain(error)))
         trace = run_dir / TRACEBACK
-        trace.write_text(_trace(error), encoding="utf-8")
-        if not isinstance(error, UserError):
-            error.add_note(f"traceback: {trace}")
+        with suppress(FileError):
+            write_atomically(trace, _trace(error))
+            if not isinstance(error, UserError):
+                error.add_note(f"traceback: {trace}")
         raise
 
 
@@ -267,7 +273,8 @@ def _objective(resolved: ResolvedConfig, result: Result) -> float:
 
 def _record(resolved: ResolvedConfig, run_dir: Path, result: Result) -> None:
     """Write the result of a run that did not complete, and tell MLflow where it could not."""
-    result.write(run_dir)
+    with suppress(FileError):  # it may be a full disk that ended the run
+        result.write(run_dir)
     if resolved.config.logger.mlflow.enabled:
         # Imported here: it takes Lightning along, and a process that supervises does without.
         from equiloss.records import trackers

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from equiloss.errors import RecordError
-from equiloss.records.reading import build, open_no_link, parse_json, read_bytes, reason
+from equiloss.records.reading import build, open_no_link, parse_json, read_bytes
 from equiloss.records.run_dir import LEDGER
+from equiloss.records.writing import writing
 
 # Inherited by every process that the launcher starts: the sweep, and which attempt at it.
 SWEEP = "EQUILOSS_SWEEP"
@@ -74,11 +75,19 @@ class Ledger:
         self.path = sweep_dir / LEDGER
 
     def begin(self, attempt: str, *, jobs: int, objective: str, direction: str) -> None:
-        """Note that the sweep's command was given."""
+        """Note that the sweep's command was given.
+
+        Raises:
+            FileError: if the ledger cannot be written.
+        """
         self._append(Attempt(attempt, jobs, objective, direction, time.time()))
 
     def add(self, job: int, directory: str, status: str, **details: Any) -> None:
-        """Note how a job is doing; jobs of other processes may do so at the same time."""
+        """Note how a job is doing; jobs of other processes may do so at the same time.
+
+        Raises:
+            FileError: if the ledger cannot be written.
+        """
         objective = details.get("objective")
         if objective is not None and not math.isfinite(objective):
             details["objective"] = None
@@ -103,16 +112,17 @@ class Ledger:
 
     def _append(self, line: Attempt | Entry) -> None:
         text = json.dumps(asdict(line)).encode() + b"\n"
-        try:
-            # One write of one line to a file that is open for appending: lines do not mix.
-            with open(self.path, "a+b", buffering=0, opener=open_no_link) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                    # Half a line ends here first; two processes that do so leave an empty one.
-                    text = b"\n" + text
-                file.write(text)
-        except OSError as error:
-            raise RecordError(self.path, reason(error)) from error
+        # One write of one line to a file that is open for appending: lines do not mix.
+        with (
+            writing(self.path),
+            open(self.path, "a+b", buffering=0, opener=open_no_link) as file,
+        ):
+            size = os.fstat(file.fileno()).st_size
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                # Half a line ends here first; two processes that do so leave an empty one.
+                text = b"\n" + text
+            while text:
+                text = text[file.write(text) :]
 
     def _lines(self) -> Iterator[Attempt | Entry | None]:
         """Every line that is not empty; None for a damaged one."""

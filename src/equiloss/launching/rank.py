@@ -15,8 +15,11 @@ from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import UserError
 from equiloss.imports import import_target
 from equiloss.launching import streams
+from equiloss.launching.composition_errors import explain
 from equiloss.launching.pulse import start_pulse
+from equiloss.records.atomic import write_atomically
 from equiloss.records.run_dir import CONFIG, TRAIN_LOG, rank_error
+from equiloss.records.writing import FileError
 
 
 def _end_with_parent() -> None:
@@ -77,12 +80,15 @@ def _leave_word(number: int, run_dir: Path, error: Exception) -> None:
     own_words = isinstance(error, UserError)
     word = {
         "time": time.time(),
-        "message": str(error) if own_words else f"{type(error).__name__}: {error}",
+        "message": explain(error),
         # A user's mistake is the same mistake on every rank.
         "everywhere": own_words,
         "trace": traceback.format_exc(),
     }
-    rank_error(run_dir, number).write_text(json.dumps(word), encoding="utf-8")
+    try:
+        write_atomically(rank_error(run_dir, number), json.dumps(word))
+    except FileError:  # so it is said here, in the rank's own output
+        print(f"error: {word['message']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

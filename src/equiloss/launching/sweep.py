@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from equiloss.distributed import membership
 from equiloss.errors import UserError
+from equiloss.launching.composition_errors import explain
 from equiloss.launching.ledger import ATTEMPT, SWEEP, Entry, Ledger
 from equiloss.launching.lock import hold
 
@@ -65,19 +66,20 @@ class SweepCallback(Callback):
         if not membership.is_first():
             return  # the first rank holds the directory for all of them
         directory = Path(config.hydra.sweep.dir).absolute()
-        directory.mkdir(parents=True, exist_ok=True)
+        attempt = uuid.uuid4().hex
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(hold(directory, config.in_use))
-            os.environ |= {SWEEP: str(directory), ATTEMPT: uuid.uuid4().hex}
             Ledger(directory).begin(
-                os.environ[ATTEMPT],
+                attempt,
                 jobs=number_of_jobs(config),
                 objective=config.objective,
                 direction=direction(config.hydra.sweeper, config.objective),
             )
-        except UserError as error:
+        except (UserError, OSError) as error:
             # Hydra turns an exception of a callback into a warning, and goes on.
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {explain(error)}")
+        os.environ |= {SWEEP: str(directory), ATTEMPT: attempt}
         sampler = config.hydra.sweeper.get("sampler")
         if sampler is not None and "seed" in sampler and sampler.seed is None:
             print(

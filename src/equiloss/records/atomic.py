@@ -6,13 +6,23 @@ import os
 from pathlib import Path
 
 from equiloss.records.reading import open_no_link
+from equiloss.records.writing import writing
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that no reader sees half of it."""
+    """Replace a text file in one step, so that no reader sees half of it.
+
+    Raises:
+        FileError: if it cannot be written; what was there before is there still.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", opener=open_no_link) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8", opener=open_no_link) as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:  # an interrupt too
+            temporary.unlink(missing_ok=True)
+            raise

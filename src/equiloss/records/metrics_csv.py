@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from equiloss.records.run_dir import METRICS, set_aside
+from equiloss.records.writing import writing
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +50,18 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write one row; a float as its repr, which reads back to the same float64."""
-        if self._file is None:
-            # Line by line, so that a killed run keeps what it logged.
-            self._file = self.path.open("w", newline="", buffering=1, encoding="utf-8")
-            csv.writer(self._file).writerow(self.columns)
-        writer = csv.DictWriter(self._file, self.columns)
-        writer.writerow({"step": step, **metrics})
+        """Write one row; a float as its repr, which reads back to the same float64.
+
+        Raises:
+            FileError: if it cannot be written.
+        """
+        with writing(self.path):
+            if self._file is None:
+                # Line by line, so that a killed run keeps what it logged.
+                self._file = self.path.open("w", newline="", buffering=1, encoding="utf-8")
+                csv.writer(self._file).writerow(self.columns)
+            writer = csv.DictWriter(self._file, self.columns)
+            writer.writerow({"step": step, **metrics})
         self.rows += 1
 
     @rank_zero_only
@@ -63,22 +69,26 @@ class MetricsCsv(Logger):
         """Cut the file after so many rows, and append from there.
 
         Of a file that has lost rows those that are whole are kept; it is set aside itself.
+
+        Raises:
+            FileError: if the file cannot be written.
         """
         header = ",".join(self.columns).encode()
         content = self.path.read_bytes() if self.path.is_file() else b""
         lines = content.splitlines(keepends=True) or [b""]
         known = lines[1 : rows + 1] if lines[0].strip() == header else []
         kept = [line for line in known if self._is_row(line)]
-        if len(kept) < rows:
-            log.warning("%s has lost %d of %d rows", self.path, rows - len(kept), rows)
-            if self.path.is_file():
-                set_aside(self.path)
-            lines = [header + b"\r\n", *kept]
-            self.path.write_bytes(b"".join(lines))
-        size = sum(map(len, lines[: len(kept) + 1]))
-        self._file = self.path.open("r+", newline="", buffering=1, encoding="utf-8")
-        self._file.truncate(size)
-        self._file.seek(size)
+        with writing(self.path):
+            if len(kept) < rows:
+                log.warning("%s has lost %d of %d rows", self.path, rows - len(kept), rows)
+                if self.path.is_file():
+                    set_aside(self.path)
+                lines = [header + b"\r\n", *kept]
+                self.path.write_bytes(b"".join(lines))
+            size = sum(map(len, lines[: len(kept) + 1]))
+            self._file = self.path.open("r+", newline="", buffering=1, encoding="utf-8")
+            self._file.truncate(size)
+            self._file.seek(size)
         self.rows = len(kept)
 
     def _is_row(self, line: bytes) -> bool:
@@ -93,17 +103,20 @@ class MetricsCsv(Logger):
     def sync(self) -> None:
         """Force every row to disk, as a checkpoint that counts them is about to be."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with writing(self.path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Flush; the test after a fit goes on in the same file."""
         if self._file is not None:
-            self._file.flush()
+            with writing(self.path):
+                self._file.flush()
 
     @rank_zero_only
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with writing(self.path):
+                self._file.close()

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-from equiloss.errors import ConfigError
+from equiloss.records.run_dir import EVENTS
+from equiloss.records.writing import writing
+
+log = logging.getLogger(__name__)
+
+# Time for the writer's thread to write what it still has.
+CLOSE_SECONDS = 30.0
 
 # The same keys for every loss, so that the HPARAMS tab keeps its columns in a sweep over losses.
 HPARAMS = (
@@ -66,20 +77,49 @@ class RunTensorBoard(TensorBoardLogger):
         self._config_text = config_text
         self._metrics = metrics
         self._formulations = formulations
+        self._events = directory / EVENTS
 
-    @rank_zero_only
-    def describe_run(self) -> None:
-        """Write hparams, chart layout and config; the metrics' values come with the scalars.
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Have the event file, with a description of the run, while the context lasts.
 
         Raises:
-            ConfigError: if the event file cannot be made.
+            FileError: here as in every method, if the file cannot be written.
         """
+        hook = threading.excepthook
+
+        def but_of_files(failed: threading.ExceptHookArgs) -> None:
+            # The writer's thread would print a traceback of what is raised here at the next call.
+            if not isinstance(failed.exc_value, OSError):
+                hook(failed)
+
+        threading.excepthook = but_of_files
         try:
-            writer = self.experiment
-        except OSError as error:
-            raise ConfigError(
-                f"logger=tensorboard cannot write to {Path(self.root_dir)}: {error.strerror}"
-            ) from error
+            with writing(self._events):
+                self._describe_run()
+            try:
+                yield
+            finally:
+                self.close()
+        finally:
+            threading.excepthook = hook
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write scalars."""
+        with writing(self._events):
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def add_figure(self, tag: str, figure: Figure, step: int) -> None:
+        """Write a figure."""
+        with writing(self._events):
+            self.experiment.add_figure(tag, figure, step)
+
+    @rank_zero_only
+    def _describe_run(self) -> None:
+        """Write hparams, chart layout and config; the metrics' values come with the scalars."""
+        writer = self.experiment
         values = hparam_values(self._config)
         # The tab shows its first columns: what a sweep is judged by.
         metrics = sorted(self._metrics, key=lambda name: not name.startswith(("test/", "val/")))
@@ -93,17 +133,35 @@ class RunTensorBoard(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         """Flush. Lightning would write an hparams.yaml beside our config.yaml."""
-        self.experiment.flush()
+        self._in_time(self.experiment.flush)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Flush; the test after a fit goes on in the same file."""
-        self.experiment.flush()
+        self._in_time(self.experiment.flush)
 
     @rank_zero_only
     def close(self) -> None:
-        """Close the event file."""
-        self.experiment.close()
+        """Close the event file; one whose file system hangs is left as it is."""
+        self._in_time(self.experiment.close)
+
+    def _in_time(self, act: Callable[[], None]) -> None:
+        """Do what waits for the writer's thread, but no longer than `CLOSE_SECONDS`."""
+        done: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                act()
+                done.set_result(None)
+            except Exception as error:  # raised below
+                done.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            with writing(self._events):
+                done.result(CLOSE_SECONDS)
+        except TimeoutError:
+            log.warning("%s is not whole: writing it takes too long", self._events)
 
 
 def _put_first(summary: Summary) -> None:

@@ -48,7 +48,8 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Com
         text = json.dumps(data(comparison), indent=1, allow_nan=False, default=str)
         write_atomically(output / "report.json", text + "\n")
     except OSError as error:
-        raise ReportError(f"the report cannot be written to {output}: {error.strerror}") from error
+        reason = (error.strerror or str(error)).lower()
+        raise ReportError(f"the report cannot be written to {output}: {reason}") from error
     return comparison
 
 

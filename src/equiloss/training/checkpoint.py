@@ -23,6 +23,7 @@ from equiloss.config import CheckpointConfig
 from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.run_dir import BEST, LAST, PREVIOUS, set_aside
+from equiloss.records.writing import writing
 from equiloss.training.checkpoint_file import AtomicCheckpointIO, verify
 from equiloss.training.state import RunState
 
@@ -139,7 +140,8 @@ class Checkpoints(Checkpoint):
         if better:
             self._has_best = True
             self.best = None if math.isnan(value) else value
-            trainer.save_checkpoint(self.best_path, weights_only=True)
+            with writing(self.best_path):
+                trainer.save_checkpoint(self.best_path, weights_only=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state at the end of each epoch, and stop if a signal has asked for it."""
@@ -172,7 +174,8 @@ class Checkpoints(Checkpoint):
             self._saved_step = trainer.global_step
             self._stopping = trainer.should_stop
             self.metrics.sync()
-            trainer.save_checkpoint(self.last_path)
+            with writing(self.last_path):
+                trainer.save_checkpoint(self.last_path)
 
     def load_best(self, module: Classifier) -> dict[str, float]:
         """Load the best weights into a classifier, where they are there and whole.

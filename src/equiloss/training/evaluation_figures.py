@@ -60,11 +60,8 @@ class EvaluationFigures(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunTensorBoard):
                 names = self.splits.class_names
-                logger.experiment.add_figure(
-                    "test/confusion", draw_confusion(confusion, names), step
-                )
-                figure = draw_worst(worst, self.splits)
-                logger.experiment.add_figure("test/worst_images", figure, step)
+                logger.add_figure("test/confusion", draw_confusion(confusion, names), step)
+                logger.add_figure("test/worst_images", draw_worst(worst, self.splits), step)
 
 
 def draw_worst(worst: Tensor, splits: Splits) -> Figure:
