@@ -20,6 +20,7 @@ from equiloss.config.resolved import ResolvedConfig
 from equiloss.data import datasets
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import Splits
+from equiloss.data.loader import deaths_told
 from equiloss.distributed import collectives, interruption
 from equiloss.distributed.interruption import Interrupted
 from equiloss.losses.criterion import Criterion
@@ -164,6 +165,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     )
 
 
+@deaths_told()
 def fit_and_test(parts: Parts) -> dict[str, float]:
     """Fit and test, or evaluate a checkpoint; returns the final value of every metric."""
     config, trainer, classifier = parts.config, parts.trainer, parts.classifier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_unknown_names_get_the_near_miss():
     [
         ({"num_classes": 0}, r"num_classes must be a whole number above 0"),
         ({"size": 2.5}, r"size must be a whole number above 0"),
-        ({"imbalance": 0.5}, r"imbalance must be at least 1"),
+        ({"imbalance": 0.5}, r"imbalance must be finite and at least 1"),
+        ({"imbalance": math.nan}, r"imbalance must be finite and at least 1"),
         ({"num_samples": 29}, r"fewer than 3 samples"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from equiloss.config import DataConfig
+from equiloss.data import sources
 from equiloss.data.datasets import Splits, load
 from equiloss.data.sampler import Slice
 from equiloss.data.splits import SPLITS
@@ -103,6 +106,40 @@ def test_an_unreadable_image_is_named(tmp_path):
         splits.train.files[1].write_bytes(content)
         with pytest.raises(DataError, match=rf"cannot read image {splits.train.files[1]}"):
             rows(splits, "train")
+
+
+def test_only_regular_files_are_images(tmp_path):
+    write_images(tmp_path, {"cat": 4, "dog": 4})
+    cats = tmp_path / "cat"
+    before = folder(tmp_path)
+    os.mkfifo(cats / "pipe.png")
+    (cats / "directory.png").mkdir()
+    (cats / "to_pipe.png").symlink_to(cats / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(cats / "door.png"))
+        assert all_images(folder(tmp_path)) == all_images(before)
+    (cats / "000.png").rename(tmp_path / "elsewhere")
+    (cats / "000.png").symlink_to(tmp_path / "elsewhere")
+    assert all_images(folder(tmp_path)) == all_images(before)
+    (tmp_path / "elsewhere").unlink()
+    with pytest.raises(DataError, match=rf"^image {cats}/000\.png is a link that leads nowhere"):
+        folder(tmp_path)
+
+
+def test_an_image_too_large_to_be_decoded_is_named_in_one_line(tmp_path, monkeypatch):
+    sources._pil.cache_clear()
+    write_images(tmp_path, {"cat": 1}, size=(6, 4))
+    image = tmp_path / "cat" / "000.png"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)
+    with pytest.raises(DataError) as caught:
+        sources.decode(image, 3)
+    assert str(caught.value) == (
+        f"cannot read image {image}: Image size (24 pixels) exceeds limit of 22 pixels; "
+        "make it smaller, or remove it"
+    )
+    # PIL's warning of half as many is no error, and is not shown.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12)
+    assert sources.decode(image, 3).shape == (3, 6, 4)
 
 
 def test_folders_that_make_no_sense_are_named(tmp_path):

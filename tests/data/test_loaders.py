@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
+import signal
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +19,9 @@ from PIL import Image
 
 from equiloss.config import AugmentConfig, DataConfig
 from equiloss.data.datamodule import ImageDataModule
-from equiloss.data.datasets import ArraySource, Batch, Splits, load
+from equiloss.data.datasets import ArraySource, Batch, Source, Splits, load
+from equiloss.data.loader import WAY_OUT, SplitLoader, deaths_told
+from equiloss.data.sampler import Slice
 from equiloss.errors import DataError
 
 
@@ -91,14 +99,104 @@ def test_workers_change_no_image(tmp_path):
         assert torch.equal(batch.index, reference.index)
 
 
+def error_of(loader: SplitLoader) -> DataError:
+    """The error with which reading ends; its workers are ended as Lightning would."""
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+    return caught.value
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_unreadable_image_is_named_also_by_a_worker(tmp_path, num_workers):
     write_folder(tmp_path)
     data = folder(tmp_path, num_workers)
     broken = data.splits.train.files[3]
     broken.write_bytes(b"")
-    with pytest.raises(DataError, match=f"cannot read image {re.escape(str(broken))}"):
-        list(data.train_dataloader())
+    reason = f"cannot identify image file {str(broken)!r}"
+    assert str(error_of(data.train_dataloader())) == f"cannot read image {broken}: {reason}"
+
+
+class Failing(Source):
+    """A source of a user's own that does not get far."""
+
+    def __init__(self, fail: Callable[[], object]) -> None:
+        super().__init__(torch.zeros(4, dtype=torch.int64), (1, 2, 2))
+        self.fail = fail
+
+    def read(self, part: Slice) -> torch.Tensor:
+        self.fail()
+        return torch.zeros(len(part.indices), 1, 2, 2, dtype=torch.uint8)
+
+
+def told(fail: Callable[[], object], num_workers: int, **changes) -> DataError:
+    """The error of a run whose validation split fails."""
+    source = Failing(fail)
+    splits = Splits(source, source, source, ("a", "b"), (0.0,), (1.0,))
+    data = ImageDataModule(splits, config(num_workers=num_workers, **changes), seed=0)
+    data.trainer = stand_in()
+    error = error_of(data.val_dataloader())
+    assert len(str(error).splitlines()) == 1
+    return error
+
+
+def no_such_key() -> object:
+    return {}["shard"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_source_of_ones_own_is_named_and_its_traceback_kept(num_workers):
+    error = told(no_such_key, num_workers)
+    assert str(error) == (
+        "cannot read the val split: Failing failed on a batch of 4 samples (0, 1, 2, …): 'shard'"
+    )
+    trace = "".join(traceback.format_exception(error))
+    assert "in no_such_key" in trace
+    assert "KeyError: 'shard'" in trace
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_transform_that_fails_is_named(tmp_path, num_workers):
+    write_folder(tmp_path)
+    data = folder(tmp_path, num_workers)
+    data._train_source.transform = lambda image: no_such_key()
+    words = r"data\.augment\.transforms failed on train image \d+: 'shard'"
+    assert re.fullmatch(words, str(error_of(data.train_dataloader())))
+
+
+def test_a_worker_that_was_killed_gets_the_ways_out():
+    error = told(lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
+    assert re.fullmatch(
+        r"DataLoader worker \(pid \d+\) is killed by signal: Killed: memory or /dev/shm may be "
+        rf"full; {re.escape(WAY_OUT)}",
+        str(error),
+    )
+
+
+def no_room() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))
+
+
+def test_shared_memory_that_is_full_gets_the_ways_out():
+    """And ends the run: torch would wait for the batch for ever."""
+    message = str(told(no_room, 1))
+    assert message.startswith("no room for a batch of the val split: unable to ")
+    assert message.endswith(WAY_OUT)
+
+
+def test_a_worker_that_takes_too_long_gets_the_ways_out():
+    message = str(told(lambda: time.sleep(0.6), 1, worker_timeout_s=0.2))
+    assert message.startswith("the workers of the val split gave no batch in 0.2 s: ")
+    assert "raise data.worker_timeout_s (0: wait for ever)" in message
+
+
+def test_a_death_is_told_wherever_torch_notices_it_and_no_other_error_is():
+    killed = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"
+    with pytest.raises(DataError, match=r"^DataLoader worker .*: Bus error: memory"), deaths_told():
+        raise RuntimeError(killed)
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), deaths_told():
+        raise RuntimeError("shapes differ")
 
 
 def test_iterating_leaves_the_global_generator_alone():

@@ -58,7 +58,9 @@ def write_evaluated(
     run_dir: Path, metrics: dict[str, float | None], samples: int, confusion: list[list[int]]
 ) -> None:
     run_dir.mkdir()
-    Result("completed", "", {}, metrics=metrics, samples={"test": samples}).write(run_dir)
+    Result(
+        "completed", "", {"name": "any", "options": {}}, metrics=metrics, samples={"test": samples}
+    ).write(run_dir)
     write_evaluations(run_dir, {"test": {"confusion": confusion}}, ["a", "b"])
 
 

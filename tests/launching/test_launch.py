@@ -59,7 +59,7 @@ MISTAKES = [
     ("trainer.precision=32", ["'32'", "32-true"]),
     ("trainer.accelerator=abacus", ["trainer.accelerator=abacus"]),
     ("+trainer.profiler=foo", ["+trainer.profiler=foo is refused", "'simple', 'advanced'"]),
-    ("+trainer.max_time=soon", ["+trainer.max_time=soon is refused"]),
+    ("+trainer.max_time=soon", ["trainer.max_time", "DD:HH:MM:SS", "soon"]),
     ("logger=wandb", ["logger=wandb", "not installed", "pip install wandb"]),
     (
         "model=torchvision trainer.reduction=bitwise data=synthetic data.options.size=32",

@@ -17,6 +17,7 @@ from equiloss.records.atomic import write_atomically
 from equiloss.records.reading import read_json, read_yaml
 from equiloss.records.results import Result
 from equiloss.records.run_dir import RESULTS, TRACKERS
+from equiloss.records.writing import FileError
 from support import composed
 
 LAUGHS = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefg"))
@@ -86,7 +87,7 @@ def test_neither_link_nor_pipe_is_read(tmp_path: Path) -> None:
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".report.md.tmp").symlink_to("mine")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(FileError, match="symbolic links"):
         write_atomically(tmp_path / "report.md", "theirs")
     assert (tmp_path / "mine").read_text() == "mine"
 

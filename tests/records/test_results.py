@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equiloss.errors import CheckpointError
 from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.results import Result, environment, metric_names
 from equiloss.records.run_dir import METRICS, RESULTS
@@ -77,11 +76,22 @@ class TestMetricsCsv:
         metrics.finalize("success")
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("content", [b"", b"\xff\n1\n", b"step,a\n1,2\n"])
-    def test_a_damaged_file_is_not_continued(self, content, metrics, tmp_path):
-        (tmp_path / METRICS).write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"has lost rows.*checkpoints to begin"):
-            metrics.continue_after(1)
+    @pytest.mark.parametrize(
+        ("content", "kept"),
+        [(b"", 0), (b"\xff\n1\n", 0), (b"step,a\n1,2\n", 0), (None, 1)],
+    )
+    def test_of_a_damaged_file_the_whole_rows_go_on(self, content, kept, metrics, tmp_path):
+        metrics.log_metrics({"train/loss": 1.0}, 0)
+        metrics.close()
+        half = (tmp_path / METRICS).read_bytes() + b"1,2"
+        (tmp_path / METRICS).write_bytes(half if content is None else content)
+        metrics.continue_after(2)
+        metrics.log_metrics({"train/loss": 3.0}, 2)
+        metrics.close()
+        assert [row["train/loss"] for row in rows(tmp_path)] == ["1.0"] * kept + ["3.0"]
+        assert (tmp_path / "metrics.csv.damaged").read_bytes() == (
+            half if content is None else content
+        )
 
 
 class TestNames:

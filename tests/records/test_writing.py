@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging.config
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,8 +18,8 @@ from equiloss.launching.ledger import Ledger
 from equiloss.records.atomic import write_atomically
 from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.writing import FileError
-from equiloss.training import checkpoint as checkpoint_module
-from equiloss.training.checkpoint import AtomicCheckpointIO, Checkpoints
+from equiloss.training.checkpoint import Checkpoints
+from equiloss.training.checkpoint_file import AtomicCheckpointIO
 from support import no_room
 
 
@@ -49,7 +50,7 @@ def test_a_checkpoint_is_replaced_or_left(tmp_path: Path, monkeypatch: pytest.Mo
     with no_room(5000), pytest.raises(FileError, match=r"cannot write .*/last\.ckpt: file too"):
         checkpoints._save_last(cast(Trainer, trainer))
     trainer.global_step = 3
-    monkeypatch.setattr(checkpoint_module, "_write_index", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FileError, match=r"cannot write .*: no space left on device"):
         checkpoints._save_last(cast(Trainer, trainer))
     assert sorted(tmp_path.iterdir()) == before

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from equiloss.config.checks import open_dict, positive, require
+from equiloss.config.checks import finite, open_dict, positive, require
 
 
 @dataclass
@@ -28,8 +27,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         for key in ("shift", "mixup", "cutmix"):
-            value = getattr(self, key)
-            require(value >= 0, f"data.augment.{key} must be at least 0, got {value}")
+            finite(f"data.augment.{key}", getattr(self, key), least=0)
         require(
             not (self.transforms and (self.shift or self.flip)),
             "data.augment.transforms replaces data.augment.shift and .flip: set shift=0 flip=false",
@@ -57,6 +55,8 @@ class DataConfig:
     """Samples per evaluation step over all devices."""
     num_workers: int = 0
     """Loader processes per rank; 0 is fastest for sets that live in memory."""
+    worker_timeout_s: float = 300.0
+    """Longest time to wait for a batch of a loader process, in seconds (0: for ever)."""
     val_fraction: float = 0.1
     """Part of the training files that validates, where a dataset has no validation split."""
     test_fraction: float = 0.2
@@ -84,13 +84,13 @@ class DataConfig:
         for key in ("batch_size", "eval_batch_size", "max_samples", "image_size"):
             positive(f"data.{key}", getattr(self, key))
         require(self.num_workers >= 0, f"data.num_workers must be >= 0, got {self.num_workers}")
+        finite("data.worker_timeout_s", self.worker_timeout_s, least=0)
         for key in ("val_fraction", "test_fraction"):
             value = getattr(self, key)
             require(0 < value < 1, f"data.{key} must lie between 0 and 1, got {value}")
-        require(
-            self.long_tail is None or 1 <= self.long_tail < math.inf,
-            f"data.long_tail must be finite and at least 1, got {self.long_tail}",
-        )
+        finite("data.long_tail", self.long_tail, least=1)
+        finite("data.mean", *(self.mean or ()))
+        finite("data.std", *(self.std or ()))
         require(
             (self.name == "custom") == (self.target is not None),
             "data.target names a function for data=custom, and only there: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from equiloss.config.checks import open_dict, positive, require
+from equiloss.config.checks import finite, open_dict, positive, require
 from equiloss.errors import choose
 
 SPLIT_METRICS = ("loss", "nll", "acc", "balanced_acc", "acc_top5", "ece")
@@ -28,9 +28,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         positive("optimizer.lr", self.lr)
-        require(
-            self.weight_decay >= 0, f"optimizer.weight_decay must be >= 0, got {self.weight_decay}"
-        )
+        finite("optimizer.lr", self.lr)
+        finite("optimizer.weight_decay", self.weight_decay, least=0)
         positive("optimizer.gradient_clip_norm", self.gradient_clip_norm)
 
 
@@ -87,3 +86,4 @@ class EarlyStoppingConfig:
         choose("early_stopping.monitor", self.monitor, [f"val/{name}" for name in SPLIT_METRICS])
         choose("early_stopping.mode", self.mode, ("min", "max"))
         positive("early_stopping.patience", self.patience)
+        finite("early_stopping.min_delta", self.min_delta)

@@ -15,7 +15,7 @@ from torch import Tensor
 from equiloss.config import AugmentConfig
 from equiloss.data.sampler import Slice
 from equiloss.data.sources import Source
-from equiloss.errors import ConfigError, DataError, unknown
+from equiloss.errors import ConfigError, DataError, first_line, unknown
 from equiloss.randomness import Stream, keyed_bits, keyed_uniform
 
 Transform = Callable[[Tensor], Tensor]
@@ -118,9 +118,9 @@ class TransformedSource(Source):
     def _transformed(self, image: Tensor, position: int) -> Tensor:
         try:
             changed: Any = self.transform(image)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a transform may fail in any way
             raise DataError(
-                f"data.augment.transforms failed on train image {position}: {error}"
+                f"data.augment.transforms failed on train image {position}: {first_line(error)}"
             ) from error
         if (
             not isinstance(changed, Tensor)

@@ -9,11 +9,11 @@ import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from equiloss.config import DataConfig
 from equiloss.data import mixing, position
 from equiloss.data.augment import TransformedSource, augment, build_transform
+from equiloss.data.loader import SplitLoader
 from equiloss.data.sampler import GlobalBatchSampler
 from equiloss.data.sources import ArraySource, Batch, Source
 from equiloss.data.splits import SPLITS, Splits
@@ -70,9 +70,9 @@ class ImageDataModule(lightning.LightningDataModule):
         self._statistics: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._resume_at: tuple[int, int] | None = None
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> SplitLoader:
         """Batches of the training split in the epoch's order, from where the run stopped."""
-        loader = self._loader(self._train_source, training=True)
+        loader = self._loader("train", self._train_source)
         if self._resume_at is not None:
             # Lightning makes the first iterator, and workers ask it for batches, before it calls
             # set_epoch.
@@ -82,13 +82,13 @@ class ImageDataModule(lightning.LightningDataModule):
             self._resume_at = None
         return loader
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> SplitLoader:
         """Batches of the validation split, unpadded and in its own order."""
-        return self._loader(self.splits.val, training=False)
+        return self._loader("val", self.splits.val)
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> SplitLoader:
         """Batches of the test split, unpadded and in its own order."""
-        return self._loader(self.splits.test, training=False)
+        return self._loader("test", self.splits.test)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment and mix (in training), convert and normalise, on the device."""
@@ -150,7 +150,8 @@ class ImageDataModule(lightning.LightningDataModule):
         assert self.trainer is not None
         return self.trainer
 
-    def _loader(self, source: Source, *, training: bool) -> DataLoader[Batch]:
+    def _loader(self, split: str, source: Source) -> SplitLoader:
+        training = split == "train"
         sampler = GlobalBatchSampler(
             len(source),
             self.config.batch_size if training else self.config.eval_batch_size,
@@ -164,14 +165,12 @@ class ImageDataModule(lightning.LightningDataModule):
         if isinstance(source, ArraySource):
             # Indexing memory is faster than asking another process for it.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        return position.ResumableLoader(
+        return SplitLoader(
+            split,
             source,
-            # torch's annotation knows lists of int alone; the sampler's slices go to
-            # Source.__getitems__ as they are.
-            batch_sampler=sampler,  # type: ignore[arg-type]
-            collate_fn=_unchanged,
-            num_workers=self.config.num_workers,
-            persistent_workers=self.config.num_workers > 0,
+            sampler,
+            workers=self.config.num_workers,
+            timeout_s=self.config.worker_timeout_s,
             pin_memory=self._trainer.strategy.root_device.type == "cuda",
             # Each iterator draws a seed for its workers. Taken from the global generator, it
             # would make dropout depend on how often an iterator was made.
@@ -187,7 +186,3 @@ class ImageDataModule(lightning.LightningDataModule):
             )
             self._statistics[device, dtype] = mean, std
         return self._statistics[device, dtype]
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from equiloss.config import DataConfig
+from equiloss.config.checks import finite
 from equiloss.data.folder import image_folder
 from equiloss.data.sources import ArraySource, Batch, FileSource, Source
 from equiloss.data.splits import SPLITS, Pair, Splits, in_memory, three_way
@@ -90,8 +91,7 @@ def synthetic(
     for key, value in zip(keys, (num_samples, num_classes, channels, size), strict=True):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"data.options.{key} must be a whole number above 0, got {value}")
-    if imbalance < 1:
-        raise ConfigError(f"data.options.imbalance must be at least 1, got {imbalance}")
+    finite("data.options.imbalance", imbalance, least=1)
     # Sample n has the class whose share of [0, 1) holds the middle of its n-th part.
     exponents = torch.arange(num_classes, dtype=torch.float64) / max(num_classes - 1, 1)
     borders = (imbalance**-exponents).cumsum(0)  # [K]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +105,7 @@ def _read(root: Path, class_names: list[str]) -> Files:
                 f"class folder {directory} has no counterpart among the training classes: "
                 f"{', '.join(class_names)}"
             )
-        images = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)
+        images = sorted(_images(directory))
         if not images:
             raise DataError(
                 f"class folder {directory} holds no image: files end in {', '.join(SUFFIXES)}"
@@ -111,6 +113,20 @@ def _read(root: Path, class_names: list[str]) -> Files:
         paths += images
         labels += [class_names.index(directory.name)] * len(images)
     return Files(paths, torch.tensor(labels))
+
+
+def _images(directory: Path) -> Iterator[Path]:
+    """Regular files that end as images do, also behind links; opening a pipe would never end."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            path = directory / entry.name
+            if path.suffix.lower() not in SUFFIXES:
+                continue
+            # What scandir has found out of most entries spares a look at each file.
+            if entry.is_file(follow_symlinks=False) or path.is_file():
+                yield path
+            elif not path.exists():
+                raise DataError(f"image {path} is a link that leads nowhere: remove or mend it")
 
 
 def _directories(root: Path) -> list[Path]:

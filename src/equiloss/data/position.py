@@ -5,20 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.loops.loop import _Loop
-from torch.utils.data import DataLoader
-
-from equiloss.data.sources import Batch
-
-
-class ResumableLoader(DataLoader[Batch]):
-    """A loader that Lightning takes for resumable, which it is by way of the data module."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module has the position."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing, likewise."""
 
 
 def reached(fit_loop: Any) -> tuple[int, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,16 +179,30 @@ def decode(file: Path, channels: int) -> Tensor:
         DataError: naming the file, if PIL cannot read it.
     """
     import numpy as np
-    from PIL import Image
 
+    Image = _pil()  # noqa: N806 - the name that it has everywhere
     try:
         with Image.open(file) as image:
             pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    except (Image.DecompressionBombError, MemoryError) as error:
+        why = str(error).partition(", could be")[0] or "it is larger than the memory"
+        raise DataError(
+            f"cannot read image {file}: {why}; make it smaller, or remove it"
+        ) from error
     # PIL reports broken files through whatever its decoders raise, SyntaxError included.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"cannot read image {file}: {error}") from error
     # [H, W] or [H, W, C] -> [C, H, W]
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+
+@cache
+def _pil() -> Any:
+    """PIL, which warns of images half as large as it refuses: they are read like others."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    return Image
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -38,6 +38,7 @@ MAY_CHANGE = PRESENTATION | {
     "data.root",
     "data.download",
     "data.num_workers",
+    "data.worker_timeout_s",
     "data.eval_batch_size",
     "checkpoint.every_n_steps",
     *(f"logger.{key}" for key, _ in leaves(asdict(LoggerConfig()))),

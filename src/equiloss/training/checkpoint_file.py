@@ -14,6 +14,7 @@ import mmap
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.atomic import write_atomically
 from equiloss.records.run_dir import INDEX, LAST, PREVIOUS
+from equiloss.records.writing import FileError
 
 MARK = b"sha256:"
 SEAL_BYTES = len(MARK) + 64
@@ -58,7 +60,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary.replace(place)
         _sync_directory(place.parent)
         index = _read_index(place.parent) | {place.name: [digest]}
-        write_atomically(place.parent / INDEX, json.dumps(index, indent=2) + "\n")
+        with suppress(FileError):  # nothing depends on it
+            write_atomically(place.parent / INDEX, json.dumps(index, indent=2) + "\n")
 
     def load_checkpoint(
         self,

@@ -1,0 +1,183 @@
+"""The loader of a split: what goes wrong in a worker is told in one line, as if it were here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from equiloss.data.sampler import GlobalBatchSampler, Slice
+from equiloss.data.sources import Batch, Source
+from equiloss.distributed import interruption
+from equiloss.errors import DataError, UserError, first_line
+
+# The wait for a batch is counted in pieces of so many seconds: of the time in which the whole job
+# is suspended, by Ctrl-Z or a lid, no more than one counts.
+LOOK_SECONDS = 5.0
+WAY_OUT = "give workers more shared memory (docker's --shm-size), or set data.num_workers=0"
+
+
+class _Failure(NamedTuple):
+    """What ended a worker's reading, as text: an error itself may not reach another process."""
+
+    message: str
+    trace: str
+
+
+class _WorkerTracebackError(Exception):
+    """The traceback of an error in a worker: the cause of the error that is raised here."""
+
+
+class _Reader(Dataset[Batch]):
+    """Reads a source, in a worker or not."""
+
+    def __init__(self, split: str, source: Source) -> None:
+        self.split = split
+        self.source = source
+
+    def __getitems__(self, part: Slice) -> Batch | _Failure:
+        if get_worker_info() is None:
+            return self._read(part)
+        try:
+            batch = self._read(part)
+            # torch's own sharing, in a thread, would lose the batch with its error.
+            for tensor in (batch.images, batch.target, batch.index):
+                if tensor.numel():
+                    tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch has none
+        except Exception as error:  # it is raised again where it ends the run
+            message = str(error)
+            if not isinstance(error, UserError):
+                place = f"no room for a batch of the {self.split} split"
+                message = f"{place}: {first_line(error)}; {WAY_OUT}"
+            return _Failure(message, traceback.format_exc())
+        return batch
+
+    def _read(self, part: Slice) -> Batch:
+        try:
+            return self.source.__getitems__(part)
+        except UserError:
+            raise
+        except Exception as error:  # a source of a user's own may fail in any way
+            samples = ", ".join(map(str, part.indices[:3].tolist()))
+            raise DataError(
+                f"cannot read the {self.split} split: {type(self.source).__name__} failed on a "
+                f"batch of {len(part.indices)} samples ({samples}, …): {first_line(error)}"
+            ) from error
+
+
+class SplitLoader(DataLoader[Batch]):
+    """Batches of one split; Lightning takes it for resumable, and the data module makes it so.
+
+    Args:
+        split: What errors call it.
+        source: Where the samples come from.
+        sampler: Which of them form a batch.
+        workers: Processes that read.
+        timeout_s: Longest time to wait for a worker's batch, in seconds (0: for ever).
+        **options: Further ones of torch's loader.
+
+    Raises:
+        DataError: (when iterated) if the source fails, or a worker dies or takes too long.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        source: Source,
+        sampler: GlobalBatchSampler,
+        *,
+        workers: int,
+        timeout_s: float,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            _Reader(split, source),
+            # torch's annotation knows lists of int alone; the sampler's slices go to
+            # Source.__getitems__ as they are.
+            batch_sampler=sampler,  # type: ignore[arg-type]
+            collate_fn=_unchanged,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_the_run,
+            timeout=min(timeout_s, LOOK_SECONDS) if workers else 0,
+            **options,
+        )
+        self.split = split
+        self.timeout_s = timeout_s
+
+    def __iter__(self) -> Any:
+        return self._told(super().__iter__())
+
+    def _told(self, batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+        waited = 0.0
+        while True:
+            try:
+                with deaths_told():
+                    batch = next(batches, None)
+                waited = 0.0
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                waited += self.timeout
+                if waited < self.timeout_s:
+                    continue
+                raise DataError(
+                    f"the workers of the {self.split} split gave no batch in {self.timeout_s:g} s: "
+                    f"raise data.worker_timeout_s (0: wait for ever), {WAY_OUT}"
+                ) from error
+            if batch is None:
+                return
+            if isinstance(batch, _Failure):
+                raise DataError(batch.message) from _WorkerTracebackError(batch.trace)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module has the position."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing, likewise."""
+
+
+@contextmanager
+def deaths_told() -> Iterator[None]:
+    """Tell in one line that a worker died: torch's signal handler raises wherever a run is.
+
+    Raises:
+        DataError: with torch's reason and the ways out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = [str(e) for e in (error.__cause__, error) if "DataLoader worker (pid" in str(e)]
+        if not told:
+            raise
+        reason = told[0].strip().partition(". ")[0].rstrip(".")
+        raise DataError(f"{reason}: memory or /dev/shm may be full; {WAY_OUT}") from error
+
+
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """Let a worker outlive a signal to its whole group: the step under way wants its batch.
+
+    Only its parent may end it by SIGTERM, as torch does with one that hangs.
+    """
+    ends = interruption.SIGNALS
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+
+    def watch() -> None:
+        while True:
+            sent = signal.sigwaitinfo(ends)
+            if sent.si_signo == signal.SIGTERM and sent.si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
