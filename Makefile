@@ -2,6 +2,7 @@
 #   make train ARGS="loss=softmax_nll seed=1"
 #   make test
 #   make test-slow
+#   make faults
 #   make ray
 #   make loggers
 #   make invariance
@@ -13,7 +14,7 @@ ARGS ?=
 # Two test processes, a thread each: two pools of threads on the same cores are far slower.
 JOBS ?= 2
 
-.PHONY: train test test-slow ray loggers lint invariance pictures clean
+.PHONY: train test test-slow faults ray loggers lint invariance pictures clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -24,6 +25,14 @@ test: lint
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[dev,oracles]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
+
+# One fault after the other on real processes, and the table of docs/faults.md.
+faults: $(VENV)/dev.stamp
+	rm -f faults.jsonl
+	EQUILOSS_FAULTS=$(CURDIR)/faults.jsonl OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(JOBS) -m faults tests/faults $(ARGS)
+	$(BIN)/python tests/faults/table.py faults.jsonl docs/faults.md
+	rm -f faults.jsonl
 
 # Ray's launcher wants an older cloudpickle than joblib's: an environment of its own.
 ray:

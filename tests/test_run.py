@@ -14,7 +14,6 @@ import torch
 from equiloss.config import SPLIT_METRICS
 from equiloss.errors import (
     CheckpointError,
-    ConfigError,
     DataError,
     LossError,
     ModelError,
@@ -22,6 +21,7 @@ from equiloss.errors import (
 )
 from equiloss.losses import Criterion
 from equiloss.records.results import TRAIN_METRICS, Result, metric_names, read_metrics
+from equiloss.records.writing import FileError
 from equiloss.run import run
 from support import Run, Train, composed, final_weights, slow
 
@@ -389,7 +389,7 @@ def test_an_event_file_that_cannot_be_written_is_named(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", full)
-    with pytest.raises(ConfigError, match=r"logger=tensorboard .*run: No space left on device"):
+    with pytest.raises(FileError, match=r"cannot write .*events\.out\.tfevents.*: no space left"):
         run_here("debug=fast")
     assert Result.read(tmp_path / "run").status == "failed"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from equiloss.distributed import interruption
 from equiloss.launching import ranks
 from equiloss.launching.ledger import Ledger
 from equiloss.records.results import Result
@@ -161,8 +162,8 @@ def started(directory: Path, target: str, devices: int) -> subprocess.Popen[str]
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        # A shell may have started these tests in its background, where SIGINT is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        # A shell may have started these tests in its background, or under nohup.
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in interruption.SIGNALS],
     )
     metrics = directory / "metrics.csv"
     give_up = time.monotonic() + 60

@@ -1,0 +1,76 @@
+"""Runs of `train.py` that faults are done to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from equiloss.distributed import interruption
+from equiloss.records.run_dir import METRICS
+from support import PYTHONPATH, ROOT
+
+# Twelve steps of 0.2 s, and a checkpoint after every second one.
+BASE = (
+    "callbacks=quiet",
+    "logger=csv",
+    "parity=off",
+    "model=custom",
+    "model.target=stand_ins:slow",
+    "trainer.max_steps=12",
+    "trainer.threads=1",
+    "checkpoint.every_n_steps=2",
+    "optimizer.options={momentum: 0.9}",
+)
+
+
+def start(
+    directory: Path,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    prepare: Callable[[], None] = lambda: None,
+    redirected: str = "",
+) -> subprocess.Popen[str]:
+    """Start a run in a session of its own, as from a shell with default signals."""
+
+    def before() -> None:
+        # A shell may have started these tests in its background, or under nohup.
+        for number in interruption.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        prepare()
+
+    command = [sys.executable, str(ROOT / "train.py"), *BASE, *arguments]
+    if not any(argument.startswith("hydra.run.dir") for argument in arguments):
+        command.append(f"hydra.run.dir={directory}")
+    if redirected:
+        command = ["bash", "-c", f'exec "$@" {redirected}', "bash", *command]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=before,
+        cwd=directory.parent,
+    )
+
+
+def until_it_trains(process: subprocess.Popen[str], directory: Path, rows: int = 5) -> None:
+    """Wait until so many steps are in metrics.csv."""
+    give_up = time.monotonic() + 120
+    metrics = directory / METRICS
+    while not (metrics.exists() and metrics.read_text().count("\n") > rows):
+        assert time.monotonic() < give_up
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, in this order."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return sorted(map(int, found.stdout.split()))
