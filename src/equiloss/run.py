@@ -253,6 +253,7 @@ def _loggers(parts: Parts) -> Iterator[dict[str, float]]:
             tracked(parts.trainer, parts.resolved, parts.directory, continued=continued)
         )
         if parts.trainer.is_global_zero:
+            parts.checkpoints.set_damaged_aside()
             run_dir.clear(parts.directory, continued=continued)
         stack.callback(parts.metrics_csv.close)
         if parts.board is not None:

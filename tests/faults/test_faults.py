@@ -28,7 +28,7 @@ pytestmark = pytest.mark.faults
 
 def ended(process: subprocess.Popen[str], seconds: float) -> str:
     try:
-        return process.communicate(timeout=seconds)[0]
+        return process.communicate(timeout=seconds)[0] or ""  # its reader may have left
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise

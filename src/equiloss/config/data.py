@@ -28,6 +28,8 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for key in ("shift", "mixup", "cutmix"):
             finite(f"data.augment.{key}", getattr(self, key), least=0)
+            # Beyond, every share is one half; much beyond, drawing one never ends.
+            require(getattr(self, key) <= 1e6, f"data.augment.{key} must be at most 1e6")
         require(
             not (self.transforms and (self.shift or self.flip)),
             "data.augment.transforms replaces data.augment.shift and .flip: set shift=0 flip=false",

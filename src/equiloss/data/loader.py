@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from equiloss.data.sampler import GlobalBatchSampler, Slice
 from equiloss.data.sources import Batch, Source
@@ -112,7 +113,14 @@ class SplitLoader(DataLoader[Batch]):
         self.timeout_s = timeout_s
 
     def __iter__(self) -> Any:
-        return self._told(super().__iter__())
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            reason = (error.strerror or first_line(error)).lower()
+            raise DataError(
+                f"cannot start the workers of the {self.split} split: {reason}; {WAY_OUT}"
+            ) from error
+        return self._told(batches)
 
     def _told(self, batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
         waited = 0.0
@@ -127,6 +135,7 @@ class SplitLoader(DataLoader[Batch]):
                 waited += self.timeout
                 if waited < self.timeout_s:
                     continue
+                _kill_workers(batches)
                 raise DataError(
                     f"the workers of the {self.split} split gave no batch in {self.timeout_s:g} s: "
                     f"raise data.worker_timeout_s (0: wait for ever), {WAY_OUT}"
@@ -155,11 +164,22 @@ def deaths_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error.__context__, DataError):
+            raise error.__context__ from None  # Lightning fails over it again
         told = [str(e) for e in (error.__cause__, error) if "DataLoader worker (pid" in str(e)]
         if not told:
             raise
         reason = told[0].strip().partition(". ")[0].rstrip(".")
         raise DataError(f"{reason}: memory or /dev/shm may be full; {WAY_OUT}") from error
+
+
+def _kill_workers(batches: Any) -> None:
+    """End workers that hang: this process would wait for them in its own end."""
+    # torch would take their end for news.
+    signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
+    batches._worker_pids_set = False
+    for worker in batches._workers:
+        worker.kill()
 
 
 def _leave_signals_to_the_run(_worker: int) -> None:

@@ -194,6 +194,8 @@ def _give_back() -> dict[int, Any]:
 
 def _handle(number: int, _frame: FrameType | None) -> None:
     if _State.asked is not None and _State.asked.number is not None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)  # a third one would come in between
         with suppress(Exception):
             if _State.last_words is not None:
                 _State.last_words()

@@ -79,7 +79,7 @@ def supervise(
     environment = _environment(world_size, config.cpu_threads) | dict(variables or {})
     ranks = [_start(run_dir, run, rank, environment) for rank in range(world_size)]
     try:
-        with interruption.last_words(lambda: _end(ranks)):
+        with interruption.last_words(lambda: _kill(ranks)):
             _watch(ranks, run_dir, config.rank_timeout_s)
         cause = _cause(ranks, run_dir)
     finally:
@@ -146,6 +146,13 @@ def _stop(ranks: list[_Rank], number: int | None) -> None:
             flush=True,
         )
         _wait(ranks, math.inf)
+
+
+def _kill(ranks: list[_Rank]) -> None:
+    """End ranks from a signal's handler: a wait may be under way, and must not begin again."""
+    for rank in ranks:
+        rank.process.kill()
+    _wait(ranks, GRACE_SECONDS)
 
 
 def _end(ranks: list[_Rank]) -> None:

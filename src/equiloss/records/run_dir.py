@@ -90,8 +90,9 @@ def clear(run_dir: Path, *, continued: bool) -> None:
     if not (run_dir / CONFIG).is_file():
         return
     for file in list(written(run_dir)):
-        begins_anew = not continued and file.name != TRACKERS and file.parent.name != RANKS
-        if begins_anew or file.name in (RESULTS, TRACEBACK):
+        kept = file.name == TRACKERS or file.parent.name == RANKS or file.suffix == DAMAGED
+        begins_anew = not continued and not kept
+        if begins_anew or file.name in (RESULTS, TRACEBACK) or file.match(HPC):
             file.unlink()
 
 

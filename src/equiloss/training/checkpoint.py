@@ -98,11 +98,11 @@ class Checkpoints(Checkpoint):
             return False
         return True
 
-    def setup(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:  # type: ignore[override]
-        """Set aside what is damaged, and say so: every rank has looked by now."""
-        for path in self._damaged if trainer.is_global_zero else ():
+    def set_damaged_aside(self) -> None:
+        """Rename what `look` has found damaged, and say so; a rank that looks later misses it."""
+        for path in self._damaged:
             log.warning("%s is damaged: it is %s now", path, set_aside(path).name)
-        if self._damaged and self.found is None and trainer.is_global_zero:
+        if self._damaged and self.found is None:
             log.warning("no state of %s is whole: the run starts anew", self.directory.parent)
         self._damaged = []
 
