@@ -41,11 +41,7 @@ from equiloss.training.trainer import make_trainer, quieten_lightning
 
 log = logging.getLogger(__name__)
 
-PARAMETER_DTYPES = {
-    "64-true": torch.float64,
-    "bf16-true": torch.bfloat16,
-    "16-true": torch.float16,
-}
+PARAMETER_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 def run(resolved: ResolvedConfig, directory: Path, *, callbacks: Sequence[Callback] = ()) -> Result:
