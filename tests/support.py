@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ PYTHONPATH = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONP
 QUIET = ("callbacks=quiet", "model.options.widths=[8,16]")
 
 slow = pytest.mark.slow
+fuzz = pytest.mark.fuzz
 
 Install = Callable[..., None]
 Run = Callable[..., Result]
@@ -49,6 +51,17 @@ def composed_with_hydra(*overrides: str) -> DictConfig:
     config_source.install()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+def wrong_with(line: str) -> str | None:
+    """What is wrong with the line that a user is shown of an error, if anything is."""
+    if not line.isprintable():
+        return f"it is no printable line: {line!r}"
+    if re.search(r"\b\w*(Error|Exception|Warning)\b:", line):
+        return f"it names an exception of Python's: {line}"
+    if len(line) >= 600:
+        return f"it has {len(line)} characters: {line}"
+    return None if line.strip() else "it is empty"
 
 
 def final_weights(run_dir: Path) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 # A longer list of choices would bury the near miss.
 LISTED = 25
+# Nor would a longer line be read.
+LONGEST = 580
 
 
 class UserError(ValueError):
@@ -68,6 +70,18 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def brief(text: str) -> str:
+    """Text in one printable line of a few hundred characters; a long one loses its middle.
+
+    The culprit comes first and the way out last.
+
+    >>> brief("seed must be at least 0, got -1" + "0" * 5000 + ": set another")[-16:]
+    '000: set another'
+    """
+    line = printable(text.strip())
+    return line if len(line) <= LONGEST else f"{line[:350]}…{line[-LONGEST // 3 :]}"
 
 
 def first_line(error: BaseException) -> str:

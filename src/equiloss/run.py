@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
@@ -150,7 +149,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
             [metrics_csv, *([board] if board else [])],
             batch_statistics=network.has_batch_statistics(model),
         )
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except Exception as error:  # Lightning checks its arguments in many ways
         raise configuration.refusal(config.trainer, error) from error
     network.warn(config, trainer, model)
     if config.task != "fit":

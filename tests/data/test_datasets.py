@@ -109,7 +109,7 @@ def test_unknown_names_get_the_near_miss():
     ("options", "message"),
     [
         ({"num_classes": 0}, r"num_classes must be a whole number above 0"),
-        ({"size": 2.5}, r"size must be a whole number above 0"),
+        ({"size": 2.5}, r"size must be of type int, got 2.5"),
         ({"imbalance": 0.5}, r"imbalance must be finite and at least 1"),
         ({"imbalance": math.nan}, r"imbalance must be finite and at least 1"),
         ({"num_samples": 29}, r"fewer than 3 samples"),
@@ -118,6 +118,21 @@ def test_unknown_names_get_the_near_miss():
 def test_synthetic_refuses_sizes_that_make_no_sense(options, message):
     with pytest.raises(ConfigError, match=message):
         synthetic(**options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("seed", [{"a": 1}], r"seed must be of type int, got \[\{'a': 1\}\]"),
+        ("imbalance", "x", "imbalance must be of type float, got x"),
+        ("size", True, "size must be of type int, got True"),
+        # Refused before so many numbers are made.
+        ("num_classes", 2**40, "num_samples=1000 leaves a class with fewer than 3"),
+    ],
+)
+def test_options_of_another_type_or_beyond_the_samples_are_refused(option, value, words):
+    with pytest.raises(ConfigError, match=rf"^data\.options\.{words}"):
+        load(DataConfig(name="synthetic", options={option: value}))
 
 
 def test_every_dataset_has_a_file_in_conf():

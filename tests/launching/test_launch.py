@@ -60,6 +60,7 @@ MISTAKES = [
     ("trainer.precision=32", ["'32'", "32-true"]),
     ("trainer.accelerator=abacus", ["trainer.accelerator=abacus"]),
     ("+trainer.profiler=foo", ["+trainer.profiler=foo is refused", "'simple', 'advanced'"]),
+    ("+trainer.arguments.max_time=[null]", ["+trainer.max_time=[None] is refused"]),
     ("+trainer.max_time=soon", ["trainer.max_time", "DD:HH:MM:SS", "soon"]),
     ("logger=wandb", ["logger=wandb", "not installed", "pip install wandb"]),
     (

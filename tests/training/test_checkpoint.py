@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from equiloss.config import CheckpointConfig
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.atomic import write_atomically
+from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.run_dir import INDEX, PREVIOUS
 from equiloss.training import checkpoint_file
+from equiloss.training.checkpoint import Checkpoints
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
 
 
@@ -174,6 +177,46 @@ class TestDamage:
         torch.save({"state_dict": Path(tmp_path)}, path)  # an object, not tensors and plain data
         with pytest.raises(CheckpointError, match=r"crafted\.ckpt is not a checkpoint"):
             io.load_checkpoint(path, weights_only=False)
+
+
+GOOD = {
+    "num_classes": 2,
+    "split_sizes": {"train": 1},
+    "loss": {"name": "x"},
+    "rng": [],
+    "counts": {"train_seen": 1},
+    "scalars": {},
+    "samples": {},
+    "segments": [],
+}
+
+
+class TestForm:
+    """What is sealed may still be anything."""
+
+    def look(self, last: Path, **checkpoint: Any) -> int | None:
+        AtomicCheckpointIO().save_checkpoint(checkpoint, last)
+        return Checkpoints(last.parent, CheckpointConfig(), MetricsCsv(last.parent, [])).look()
+
+    def test_of_ours_is_found(self, last):
+        assert self.look(last, equiloss=GOOD, global_step=3) == 3
+
+    @pytest.mark.parametrize("step", [{}, {"global_step": None}, {"global_step": torch.ones(1)}])
+    def test_without_its_steps_is_refused(self, last, step):
+        with pytest.raises(CheckpointError, match=r"last\.ckpt does not say how many steps"):
+            self.look(last, equiloss=GOOD, **step)
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            *({"num_classes": "2"}, {"split_sizes": {"train": []}}, {"rng": 3}, {"extra": 1}),
+            *({"counts": {"train_seen": None}}, {"counts": 1}, {"scalars": []}, {"segments": [1]}),
+        ],
+        ids=str,
+    )
+    def test_of_another_form_is_refused(self, last, changed):
+        with pytest.raises(CheckpointError, match=r"last\.ckpt is of another version"):
+            self.look(last, equiloss=GOOD | changed, global_step=3)
 
 
 class TestCrash:

@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config import Config, TrainerConfig
+from equiloss.config.checks import check_plain, require
 from equiloss.errors import ConfigError
 
 # What only a person sees: a completed run is the same run without it.
@@ -47,6 +48,14 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
     if missing:
         raise ConfigError(f"missing value: {', '.join(missing)}")
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    try:
+        check_plain(plain)
+    except ConfigError as error:
+        raise ConfigError(f"the configuration {error}, and could not be stored") from error
+    for key in sorted(MARKS):
+        # Without it the stored configuration would be no run's.
+        require(key in plain, f"{key} cannot be removed: leave ~{key} out")
+    _check_groups({**_schema(), "loss": {}}, plain)
     known = {entry.name for entry in fields(TrainerConfig)}
     trainer = dict(plain["trainer"])
     arguments = {key: trainer.pop(key) for key in list(trainer) if key not in known}
@@ -58,6 +67,18 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
     config = OmegaConf.to_object(typed)
     assert isinstance(config, Config)
     return ResolvedConfig(config, plain, OmegaConf.to_yaml(OmegaConf.create(plain)))
+
+
+def _check_groups(schema: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse a value in the place of a group of keys: OmegaConf checks no interpolation for it."""
+    for key, value in given.items():
+        inner = schema.get(key)
+        if isinstance(inner, Mapping):
+            require(
+                isinstance(value, Mapping),
+                f"{prefix}{key} is a group of keys, not a value; got {value}",
+            )
+            _check_groups(inner, value, f"{prefix}{key}.")
 
 
 def from_stored(plain: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from equiloss.data.torchvision_sets import cifar10, cifar100, fashion_mnist, mni
 from equiloss.errors import ConfigError, DataError, choose, unknown
 from equiloss.imports import import_target
 from equiloss.randomness import Stream, keyed_bits
+from equiloss.records.reading import fits
 
 __all__ = ["DATASETS", "ArraySource", "Batch", "FileSource", "Source", "Splits", "load"]
 
@@ -92,16 +93,19 @@ def synthetic(
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"data.options.{key} must be a whole number above 0, got {value}")
     finite("data.options.imbalance", imbalance, least=1)
+    few = ConfigError(
+        f"data.options.num_samples={num_samples} leaves a class with fewer than 3 samples: "
+        "each split needs one of each class"
+    )
+    if num_samples < 3 * num_classes:
+        raise few
     # Sample n has the class whose share of [0, 1) holds the middle of its n-th part.
     exponents = torch.arange(num_classes, dtype=torch.float64) / max(num_classes - 1, 1)
     borders = (imbalance**-exponents).cumsum(0)  # [K]
     middles = (torch.arange(num_samples, dtype=torch.float64) + 0.5) / num_samples
     targets = torch.searchsorted(borders[:-1] / borders[-1], middles, right=True)  # [N]
     if int(torch.bincount(targets, minlength=num_classes).min()) < 3:
-        raise ConfigError(
-            f"data.options.num_samples={num_samples} leaves a class with fewer than 3 samples: "
-            "each split needs one of each class"
-        )
+        raise few
     pixels = channels * size * size
     # Whole numbers alone, so that the images are the same on every machine.
     patterns = keyed_bits(seed, 0, torch.arange(num_classes), pixels, stream=Stream.SYNTHETIC)
@@ -174,11 +178,15 @@ def _divided(config: DataConfig, images: Tensor, targets: Tensor, num_classes: i
 
 def _check_options(config: DataConfig, dataset: Callable[..., Splits]) -> None:
     known = list(inspect.signature(dataset).parameters)[1:]
-    for option in config.options:
+    kinds = get_type_hints(dataset)
+    for option, value in config.options.items():
         if not known:
             raise ConfigError(f"data.options.{option}: data={config.name} has no options")
         if option not in known:
             raise ConfigError(unknown(f"option of data={config.name}", option, known))
+        if not fits(value, kinds[option]):
+            kind = getattr(kinds[option], "__name__", kinds[option])
+            raise ConfigError(f"data.options.{option} must be of type {kind}, got {value}")
 
 
 def _refuse_changes(config: DataConfig, where: str) -> None:

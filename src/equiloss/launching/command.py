@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import Interrupted
-from equiloss.errors import UserError, printable
+from equiloss.errors import printable
 from equiloss.launching import launch, streams, sweep_table
-from equiloss.launching.composition_errors import explain
+from equiloss.launching.composition_errors import check_words, explain, mendable
 from equiloss.launching.ledger import ATTEMPT, SWEEP, Entry
 from equiloss.launching.sweep import current_sweep
 
@@ -42,14 +40,14 @@ def main(application: Callable[[], Any]) -> None:
     }
     try:
         with interruption.listening(), _environment(variables):
+            check_words(sys.argv[1:])
             application()
             sweep = current_sweep()
     except Interrupted as interrupted:
         interruption.end_with(interrupted.code)
         sys.exit(interrupted.code)
     except Exception as error:
-        mendable = isinstance(error, (HydraException, OmegaConfBaseException, UserError, OSError))
-        if full_error == "1" or not (mendable or isinstance(error.__cause__, OSError)):
+        if full_error == "1" or not (mendable(error) or isinstance(error.__cause__, OSError)):
             raise
         sys.exit(f"error: {explain(error)}")
     sys.exit(0 if sweep is None else _close(*sweep))

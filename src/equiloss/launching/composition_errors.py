@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
+import re
+import traceback
+from collections.abc import Sequence
+
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from equiloss.config import REFUSED_TRAINER_ARGUMENTS
-from equiloss.errors import UserError, unknown
+from equiloss.errors import ConfigError, UserError, brief, first_line, unknown
 from equiloss.records.writing import refusal
+
+# The parser of overrides begins its messages with one.
+EXCEPTION_NAME = re.compile(r"\b\w*(Error|Exception|Warning): ?")
+
+NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed")
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse numbers that Python does not read: Hydra would end with a traceback.
+
+    Raises:
+        ConfigError: naming the word of the command line.
+    """
+    for word in words:
+        if re.search(r"[\d_]{4300}", word):
+            raise ConfigError(f"{word[:100]}… has a number of more than 4300 digits: shorten it")
 
 
 def explain(error: BaseException) -> str:
-    """One line that names the culprit, the rule and the choices.
+    """One line that names the culprit, the rule and the choices, whatever the user's values hold.
 
     >>> explain(UserError("seed must lie in [0, 2**32), got -1"))
     'seed must lie in [0, 2**32), got -1'
     """
+    return brief(_explained(error))
+
+
+def _explained(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return unknown(group or "config", name, error.options or [])
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
+    if of_composition(error):
         return _explain_composition(error)
+    if _no_memory(error):
+        what = "data, network, batch and trainer.micro_batch_size must fit"
+        return f"out of memory: {what} ({first_line(error)})"
     # The logging module makes a ValueError of a log file that cannot be opened.
     for refused in (error, error.__cause__):
         if isinstance(refused, OSError) and refused.errno is not None:
@@ -31,13 +58,40 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def mendable(error: BaseException) -> bool:
+    """Whether a user has caused it, so that one line says all that a traceback would."""
+    return isinstance(error, (UserError, OSError)) or of_composition(error) or _no_memory(error)
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Whether memory was refused, of which torch makes a `RuntimeError`."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    )
+
+
+def of_composition(error: BaseException) -> bool:
+    """Whether Hydra or OmegaConf has raised it, of whatever type it is."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals["__name__"].partition(".")[0] if frames else ""
+    ours = isinstance(error, (HydraException, OmegaConfBaseException))
+    return ours or raised_in in ("hydra", "omegaconf")
+
+
 def _explain_composition(error: BaseException) -> str:
+    if isinstance(error, AssertionError):  # Hydra's own, about itself
+        return "Hydra cannot compose this command line: see the value of each group"
     cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
         cause = cause.__cause__
     lines = [line.strip() for line in str(error).splitlines()]
     details = ("full_key:", "object_type=", "reference_type=", "See https")
     message = "; ".join(line for line in lines if line and not line.startswith(details))
+    if message.startswith("Config group override"):
+        return f"{message}: a group takes the name of a file of conf/, as in parity=off"
+    if not isinstance(cause, OmegaConfBaseException):
+        place = re.search(r"full_key: (.+)", str(error))
+        message = f"{place[1]}: {message}" if place else message
     key = str(getattr(cause, "key", None))
     parent = getattr(cause, "parent_node", None)
     if "not in" in str(cause) and isinstance(parent, DictConfig):
@@ -49,4 +103,4 @@ def _explain_composition(error: BaseException) -> str:
             message += f" (+trainer.{key}=… goes to Lightning's Trainer)"
     elif isinstance(cause, OmegaConfBaseException) and cause.full_key:
         message = f"{cause.full_key}: {str(cause.msg or cause).splitlines()[0]}"
-    return message
+    return EXCEPTION_NAME.sub("", message)

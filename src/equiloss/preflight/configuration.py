@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from equiloss.config import Config, TrainerConfig
@@ -48,7 +49,7 @@ def refusal(config: TrainerConfig, error: Exception) -> ConfigError:
     The culprit is found by its effect: an argument that a Trainer refuses by itself.
 
     Raises:
-        TypeError: the one given, where no argument is to blame.
+        Exception: the one given, where no argument is to blame.
     """
     for name, value in config.arguments.items():
         try:
@@ -63,7 +64,7 @@ def refusal(config: TrainerConfig, error: Exception) -> ConfigError:
             )
         except Exception as own:  # Lightning checks its arguments in many ways
             return ConfigError(f"+trainer.{name}={value} is refused: {first_line(own)}")
-    if isinstance(error, TypeError):
+    if not isinstance(error, (MisconfigurationException, ValueError)):
         raise error  # none of the user's
     given = {"accelerator": config.accelerator, "devices": config.devices}
     words = [f"trainer.{key}={value}" for key, value in given.items()]

@@ -18,16 +18,14 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from equiloss.config.checks import DEPTH, SCALAR, check_plain
 from equiloss.errors import RecordError, first_line
 
 _T = TypeVar("_T")
 # A matrix of 100 classes takes 0.1 MiB, and weights of 20,000 classes in a configuration 0.3 MiB.
 JSON_MIB, YAML_MIB = 4, 1
-DEPTH = 32
 # Events of YAML, which takes some seconds for so many.
 EVENTS = 100_000
-# YAML's numbers to the base of 60 take a time that is quadratic in their length.
-SCALAR = 20_000
 
 
 def open_no_link(path: str, flags: int) -> int:
@@ -96,7 +94,7 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"is nested deeper than {DEPTH} levels") from None
     except ValueError as error:
         raise ValueError(f"is no JSON ({error})" if text.strip() else "is empty") from None
-    _check_plain(tree)
+    check_plain(tree)
     return tree
 
 
@@ -150,7 +148,7 @@ def _load(text: str) -> Any:
         tree = yaml.load(text, Loader=_Loader)
     except ValueError:
         raise ValueError("has a number that is none") from None
-    _check_plain(tree)
+    check_plain(tree)
     return tree
 
 
@@ -169,22 +167,6 @@ def _check_events(text: str) -> None:
             raise ValueError(f"has an alias, an anchor or a tag in line {line}, as no run writes")
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > SCALAR:
             raise ValueError(f"has a value of more than {SCALAR} characters")
-
-
-def _check_plain(tree: Any, depth: int = 0) -> None:
-    """Refuse what is deep, keys that are no text, and numbers beyond 64 bits."""
-    if depth > DEPTH:
-        raise ValueError(f"is nested deeper than {DEPTH} levels")
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            if not isinstance(key, str):
-                raise ValueError(f"has the key {key!r}, which is no text")  # noqa: TRY004
-            _check_plain(value, depth + 1)
-    elif isinstance(tree, list):
-        for value in tree:
-            _check_plain(value, depth + 1)
-    elif isinstance(tree, int) and tree.bit_length() > 63:
-        raise ValueError("has an integer beyond 64 bits")
 
 
 def build(kind: type[_T], tree: Any) -> _T:

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from equiloss.config import CheckpointConfig
 from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
+from equiloss.records.reading import fits
 from equiloss.records.run_dir import BEST, LAST, PREVIOUS, set_aside
 from equiloss.records.writing import writing
 from equiloss.training.checkpoint_file import AtomicCheckpointIO, verify
@@ -85,8 +86,9 @@ class Checkpoints(Checkpoint):
         self._has_best = self._is_whole(self.best_path)
         state = AtomicCheckpointIO().load_checkpoint(self.found)
         RunState.load(state, self.found)
-        step: int = state["global_step"]
-        return step
+        if not fits(state, {"global_step": int}):
+            raise CheckpointError(f"{self.found} does not say how many steps its run had taken")
+        return int(state["global_step"])
 
     def _is_whole(self, path: Path) -> bool:
         if not path.is_file():

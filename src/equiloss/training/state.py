@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from equiloss.errors import CheckpointError
+from equiloss.records.reading import build
 
 log = logging.getLogger(__name__)
 
@@ -98,16 +99,15 @@ class RunState:
         """Take it out of a checkpoint.
 
         Raises:
-            CheckpointError: if there is none.
+            CheckpointError: if there is none, or one of another form.
         """
         if KEY not in checkpoint:
             raise CheckpointError(f"{path} was not written by equiloss")
         try:
             saved = dict(checkpoint[KEY])
-            counts = Counts(**saved.pop("counts"))
             parts = {name: saved.pop(name) for name in ("scalars", "samples", "segments")}
-            progress = Progress(counts, **parts, notes=saved.pop("notes", []))
-            return cls(progress=progress, **saved)
+            parts |= {"counts": build(Counts, saved.pop("counts")), "notes": saved.pop("notes", [])}
+            return build(cls, saved | {"progress": build(Progress, parts)})
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is of another version of equiloss") from error
 
