@@ -40,6 +40,12 @@ def test_what_is_not_finite_is_refused(key: str, value: float) -> None:
         KEYS[key](value)
 
 
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_no_number_per_channel_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data\.{key} needs one number per channel, got \[\]$"):
+        DataConfig(name="digits", **{key: []})
+
+
 def test_an_infinite_norm_clips_nothing_and_no_number_is_refused() -> None:
     assert OptimizerConfig(gradient_clip_norm=math.inf).gradient_clip_norm == math.inf
     with pytest.raises(ConfigError, match=r"^optimizer\.gradient_clip_norm must be positive"):

@@ -24,6 +24,7 @@ from equiloss.config.resolved import leaves, resolve
 from equiloss.launching.composition_errors import check_words, explain, mendable
 from equiloss.records.reading import read_yaml
 from equiloss.run import build
+from equiloss.training.trainer import quieten_lightning
 from support import ROOT, Train, composed, fuzz, wrong_with
 
 SEED = 0
@@ -192,6 +193,7 @@ def fault(words: list[str], base: DictConfig | None, directory: Path) -> str | N
 def test_any_command_line_is_built_or_refused_in_one_line(
     cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    quieten_lightning()
     default = composed(*BASE).plain
     monkeypatch.chdir(tmp_path)
     # Other cases than everyone's: a run of 10,000 takes some minutes.

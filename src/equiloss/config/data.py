@@ -91,6 +91,8 @@ class DataConfig:
             value = getattr(self, key)
             require(0 < value < 1, f"data.{key} must lie between 0 and 1, got {value}")
         finite("data.long_tail", self.long_tail, least=1)
+        for key in ("mean", "std"):
+            require(getattr(self, key) != [], f"data.{key} needs one number per channel, got []")
         finite("data.mean", *(self.mean or ()))
         finite("data.std", *(self.std or ()))
         require(
