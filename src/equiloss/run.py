@@ -19,7 +19,7 @@ from equiloss.config.resolved import ResolvedConfig
 from equiloss.data import datasets
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import Splits
-from equiloss.data.loader import deaths_told
+from equiloss.data.loader import naming_dead_workers
 from equiloss.distributed import collectives, interruption
 from equiloss.distributed.interruption import Interrupted
 from equiloss.losses.criterion import Criterion
@@ -121,7 +121,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
         num_classes=splits.num_classes,
         split_sizes={split: len(getattr(splits, split)) for split in ("train", "val", "test")},
         total_steps=total_steps,
-        data=splits.fingerprint() if config.task == "fit" else None,
+        fingerprint=splits.fingerprint() if config.task == "fit" else None,
     )
     data = ImageDataModule(
         splits,
@@ -134,7 +134,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     monitor = _parity_monitor(config, criterion, splits, total_steps)
     metrics_csv = MetricsCsv(directory, metric_names(config.parity.formulations))
     checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, metrics_csv)
-    continued = checkpoints.look() if config.task == "fit" else None
+    continued = checkpoints.find_state() if config.task == "fit" else None
     board = _board(resolved, directory, continued) if config.logger.tensorboard else None
     own = [
         EvaluationFigures(splits) if board else None,
@@ -160,7 +160,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     )
 
 
-@deaths_told()
+@naming_dead_workers()
 def fit_and_test(parts: Parts) -> dict[str, float]:
     """Fit and test, or evaluate a checkpoint; returns the final value of every metric."""
     config, trainer, classifier = parts.config, parts.trainer, parts.classifier
@@ -171,11 +171,7 @@ def fit_and_test(parts: Parts) -> dict[str, float]:
         return dict(progress.scalars)
     if parts.continued is not None and trainer.is_global_zero:
         log.info("continuing %s after %d steps", checkpoints.found, parts.continued)
-    trainer.fit(
-        classifier,
-        datamodule=data,
-        ckpt_path=checkpoints.found,
-    )
+    trainer.fit(classifier, datamodule=data, ckpt_path=checkpoints.found)
     progress = classifier.progress  # a checkpoint has its own
     if progress.counts.validated_step != classifier.global_step:
         # max_steps ended the run inside an epoch: its last weights are validated too.

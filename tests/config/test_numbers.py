@@ -14,6 +14,7 @@ from equiloss.config import (
     EarlyStoppingConfig,
     OptimizerConfig,
     SchedulerConfig,
+    TrainerConfig,
 )
 from equiloss.errors import ConfigError
 
@@ -26,6 +27,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "data.mean": lambda value: DataConfig(name="digits", mean=[0.5, value]),
     "data.std": lambda value: DataConfig(name="digits", std=[0.5, value]),
     "data.worker_timeout_s": lambda value: DataConfig(name="digits", worker_timeout_s=value),
+    "trainer.rank_timeout_s": lambda value: TrainerConfig(rank_timeout_s=value),
     "optimizer.lr": lambda value: OptimizerConfig(lr=value),
     "optimizer.weight_decay": lambda value: OptimizerConfig(weight_decay=value),
     "scheduler.warmup_fraction": lambda value: SchedulerConfig(warmup_fraction=value),

@@ -196,7 +196,7 @@ def test_a_source_of_ones_own_adds_to_its_targets_and_shape() -> None:
 def test_a_checkpoint_without_a_digest_goes_on_and_says_so(caplog) -> None:
     checkpoint: dict[str, Any] = {}
     state({}).save(checkpoint)
-    del checkpoint["equiloss"]["data"]
+    del checkpoint["equiloss"]["fingerprint"]
     with caplog.at_level(logging.INFO):
         RunState.load(checkpoint).check_same_run(saved(arrays("pixel")))
     assert "the checkpoint has no digest of the data" in caplog.text

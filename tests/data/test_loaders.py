@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -20,7 +21,7 @@ from PIL import Image
 from equiloss.config import AugmentConfig, DataConfig
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import ArraySource, Batch, Source, Splits, load
-from equiloss.data.loader import WAY_OUT, SplitLoader, deaths_told
+from equiloss.data.loader import WAY_OUT, SplitLoader, naming_dead_workers
 from equiloss.data.sampler import Slice
 from equiloss.errors import DataError
 
@@ -130,13 +131,20 @@ class Failing(Source):
         return torch.zeros(len(part.indices), 1, 2, 2, dtype=torch.uint8)
 
 
-def told(fail: Callable[[], object], num_workers: int, **changes) -> DataError:
-    """The error of a run whose validation split fails."""
+def loader_of(fail: Callable[[], object], num_workers: int, **changes) -> SplitLoader:
+    """The loader of a validation split whose source fails."""
     source = Failing(fail)
     splits = Splits(source, source, source, ("a", "b"), (0.0,), (1.0,))
-    data = ImageDataModule(splits, config(num_workers=num_workers, **changes), seed=0)
+    # Where a test is broken, it is not to wait for ever.
+    settings = config(num_workers=num_workers, **{"worker_timeout_s": 30.0} | changes)
+    data = ImageDataModule(splits, settings, seed=0)
     data.trainer = stand_in()
-    error = error_of(data.val_dataloader())
+    return data.val_dataloader()
+
+
+def raised_by(fail: Callable[[], object], num_workers: int, **changes) -> DataError:
+    """The error with which reading it ends."""
+    error = error_of(loader_of(fail, num_workers, **changes))
     assert len(str(error).splitlines()) == 1
     return error
 
@@ -147,7 +155,7 @@ def no_such_key() -> object:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_source_of_ones_own_is_named_and_its_traceback_kept(num_workers):
-    error = told(no_such_key, num_workers)
+    error = raised_by(no_such_key, num_workers)
     assert str(error) == (
         "cannot read the val split: Failing failed on a batch of 4 samples (0, 1, 2, …): 'shard'"
     )
@@ -166,9 +174,11 @@ def test_a_transform_that_fails_is_named(tmp_path, num_workers):
 
 
 def test_a_worker_that_was_killed_gets_the_ways_out():
-    error = told(lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
+    error = raised_by(lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
     assert re.fullmatch(
-        r"DataLoader worker \(pid \d+\) is killed by signal: Killed: memory or /dev/shm may be "
+        # torch tells the same death in two ways: the handler of SIGCHLD or the queue's own look.
+        r"DataLoader worker \((pid \d+\) is killed by signal: Killed|"
+        r"pid\(s\) \d+\) exited unexpectedly): memory or /dev/shm may be "
         rf"full; {re.escape(WAY_OUT)}",
         str(error),
     )
@@ -180,22 +190,60 @@ def no_room() -> None:
 
 def test_shared_memory_that_is_full_gets_the_ways_out():
     """And ends the run: torch would wait for the batch for ever."""
-    message = str(told(no_room, 1))
+    message = str(raised_by(no_room, 1))
     assert message.startswith("no room for a batch of the val split: unable to ")
     assert message.endswith(WAY_OUT)
 
 
+def test_workers_that_cannot_be_started_get_the_ways_out(monkeypatch):
+    """Lightning then fails over the loader once more, which is not what is said."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", full)
+    loader = loader_of(lambda: None, 1)
+    words = r"^cannot start the workers of the val split: no space left on device; give workers"
+
+    def as_lightning() -> None:
+        try:
+            iter(loader)
+        finally:
+            raise RuntimeError("call iter first")
+
+    with pytest.raises(DataError, match=words), naming_dead_workers():
+        as_lightning()
+
+
+def test_a_worker_that_is_stopped_with_its_batch_gets_the_ways_out():
+    """The batch is announced, and its memory is never handed over: torch waits for ever."""
+    loader = loader_of(lambda: None, 1, worker_timeout_s=1.0, eval_batch_size=1)
+    batches = iter(loader)
+    next(batches)
+    time.sleep(0.5)  # the next two are announced
+    (worker,) = loader._iterator._workers
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(DataError, match=r"^the workers of the val split gave no batch in 1 s"):
+        list(batches)
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGKILL
+    loader._iterator._shutdown_workers()
+
+
 def test_a_worker_that_takes_too_long_gets_the_ways_out():
-    message = str(told(lambda: time.sleep(0.6), 1, worker_timeout_s=0.2))
+    message = str(raised_by(lambda: time.sleep(0.6), 1, worker_timeout_s=0.2))
     assert message.startswith("the workers of the val split gave no batch in 0.2 s: ")
     assert "raise data.worker_timeout_s (0: wait for ever)" in message
 
 
 def test_a_death_is_told_wherever_torch_notices_it_and_no_other_error_is():
     killed = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"
-    with pytest.raises(DataError, match=r"^DataLoader worker .*: Bus error: memory"), deaths_told():
+    with (
+        pytest.raises(DataError, match=r"^DataLoader worker .*: Bus error: memory"),
+        naming_dead_workers(),
+    ):
         raise RuntimeError(killed)
-    with pytest.raises(RuntimeError, match=r"^shapes differ$"), deaths_told():
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), naming_dead_workers():
         raise RuntimeError("shapes differ")
 
 

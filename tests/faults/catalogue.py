@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from faults.processes import children
+from processes import children
 from support import PYTHONPATH
 
 Process = subprocess.Popen[str]

@@ -21,7 +21,7 @@ from equiloss.invariance.interruption import bits
 from equiloss.records.results import Result
 from faults import catalogue
 from faults.catalogue import FAULTS, Fault
-from faults.processes import start, until_it_trains
+from processes import start, until_it_trains
 
 pytestmark = pytest.mark.faults
 

@@ -191,7 +191,7 @@ def faults(directory: Path, config: ResolvedConfig, originals: list[Any] | None)
     metrics = MetricsCsv(directory, [])
     readers: dict[str, Callable[[], Any]] = {
         **{name: (lambda name=name: load(name)) for name in STATES},
-        "look": Checkpoints(checkpoints, config.config.checkpoint, metrics).look,
+        "find_state": Checkpoints(checkpoints, config.config.checkpoint, metrics).find_state,
         "report": lambda: page.write_report([directory]),
         "claim": hold,
     }

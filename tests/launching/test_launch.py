@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from equiloss.distributed import interruption
 from equiloss.launching import ranks
 from equiloss.launching.ledger import Ledger
 from equiloss.records.results import Result
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
-from support import PYTHONPATH, QUIET, ROOT, Train, composed, slow
+from processes import children, start, until_it_trains
+from support import QUIET, ROOT, Train, composed, slow
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
 CUSTOM = ("model=custom", "callbacks=quiet", "logger=csv", "trainer.max_steps=30")
@@ -152,34 +152,10 @@ def test_a_run_that_failed_before_it_began_may_be_repeated(train: Train, tmp_pat
 
 def started(directory: Path, target: str, devices: int) -> subprocess.Popen[str]:
     """Start `train.py`, and wait until it trains."""
-    command = [sys.executable, str(ROOT / "train.py"), *CUSTOM, "logger=tensorboard"]
-    process = subprocess.Popen(
-        [
-            *(*command, f"model.target=stand_ins:{target}", f"trainer.devices={devices}"),
-            f"hydra.run.dir={directory}",
-        ],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # A shell may have started these tests in its background, or under nohup.
-        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in interruption.SIGNALS],
-    )
-    metrics = directory / "metrics.csv"
-    give_up = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        assert time.monotonic() < give_up
-        time.sleep(0.1)
+    options = (f"model.target=stand_ins:{target}", f"trainer.devices={devices}")
+    process = start(directory, "logger=tensorboard", *options)
+    until_it_trains(process, directory, rows=2)
     return process
-
-
-def one_rank(process: subprocess.Popen[str]) -> int:
-    """The process of one of the ranks that `train.py` supervises."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    )
-    return int(found.stdout.split()[-1])
 
 
 @pytest.mark.parametrize(
@@ -208,7 +184,7 @@ def test_a_signal_ends_a_run_after_the_step(
         # To every process of the group.
         os.killpg(process.pid, number)
     elif sent == "to one rank":
-        os.kill(one_rank(process), number)
+        os.kill(children(process.pid)[-1], number)
     else:
         process.send_signal(number)
     output, _ = process.communicate(timeout=30)
@@ -226,7 +202,7 @@ def test_a_signal_ends_a_run_after_the_step(
 def test_a_second_signal_ends_it_at_once(devices: int, tmp_path: Path) -> None:
     """The step under way sleeps for a minute: nobody waits for it."""
     process = started(tmp_path / "run", "sleeps", devices)
-    rank = one_rank(process) if devices > 1 else None
+    rank = children(process.pid)[-1] if devices > 1 else None
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None

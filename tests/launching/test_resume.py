@@ -54,7 +54,10 @@ def test_an_interrupted_run_is_continued(tmp_path: Path) -> None:
     results("interrupted").write(tmp_path)
     (tmp_path / "error.txt").write_text("")
     (tmp_path / TRACKERS).write_text("{}")
-    changed = ("trainer.devices=2", "data.num_workers=1", "logger=wandb")
+    changed = (
+        *("trainer.devices=2", "data.num_workers=1", "logger=wandb", "data.worker_timeout_s=9"),
+        *("trainer.max_time=00:01:00:00", "trainer.rank_timeout_s=9"),
+    )
     before = content(tmp_path)
     with claim(tmp_path, composed(*changed)) as todo:
         assert todo

@@ -194,17 +194,18 @@ GOOD = {
 class TestForm:
     """What is sealed may still be anything."""
 
-    def look(self, last: Path, **checkpoint: Any) -> int | None:
+    def found(self, last: Path, **checkpoint: Any) -> int | None:
         AtomicCheckpointIO().save_checkpoint(checkpoint, last)
-        return Checkpoints(last.parent, CheckpointConfig(), MetricsCsv(last.parent, [])).look()
+        metrics = MetricsCsv(last.parent, [])
+        return Checkpoints(last.parent, CheckpointConfig(), metrics).find_state()
 
     def test_of_ours_is_found(self, last):
-        assert self.look(last, equiloss=GOOD, global_step=3) == 3
+        assert self.found(last, equiloss=GOOD, global_step=3) == 3
 
     @pytest.mark.parametrize("step", [{}, {"global_step": None}, {"global_step": torch.ones(1)}])
     def test_without_its_steps_is_refused(self, last, step):
         with pytest.raises(CheckpointError, match=r"last\.ckpt does not say how many steps"):
-            self.look(last, equiloss=GOOD, **step)
+            self.found(last, equiloss=GOOD, **step)
 
     @pytest.mark.parametrize(
         "changed",
@@ -216,7 +217,7 @@ class TestForm:
     )
     def test_of_another_form_is_refused(self, last, changed):
         with pytest.raises(CheckpointError, match=r"last\.ckpt is of another version"):
-            self.look(last, equiloss=GOOD | changed, global_step=3)
+            self.found(last, equiloss=GOOD | changed, global_step=3)
 
 
 class TestCrash:

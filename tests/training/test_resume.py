@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,8 @@ from equiloss.records.results import Result, read_metrics
 from equiloss.records.run_dir import METRICS
 from equiloss.run import run
 from equiloss.training.classifier import Classifier
-from support import PYTHONPATH, ROOT, Train, composed, slow
+from processes import SLOW, children, start, until_it_trains
+from support import Train, composed, slow
 
 # 38 training rows in batches of 9: five steps an epoch, the last one of 2 rows. The network
 # draws from every random generator.
@@ -360,41 +358,12 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("val/nll")] == [4, 9, 14]
 
 
-# Twelve steps of 0.2 s, and a checkpoint after every second one.
-SLOW = (
-    "callbacks=quiet",
-    "logger=csv",
-    "parity=off",
-    "model=custom",
-    "model.target=stand_ins:slow",
-    "trainer.max_steps=12",
-    "trainer.threads=1",
-    "checkpoint.every_n_steps=2",
-)
-
-
 def killed(directory: Path, devices: int, victim: str) -> None:
     """Start `train.py` and SIGKILL one of its processes in its fifth step or later."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, str(ROOT / "train.py"), *SLOW),
-            *(f"trainer.devices={devices}", f"hydra.run.dir={directory}"),
-        ],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    give_up = time.monotonic() + 90
-    metrics = directory / METRICS
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        assert time.monotonic() < give_up
-        assert process.poll() is None
-        time.sleep(0.05)
+    process = start(directory, f"trainer.devices={devices}")
+    until_it_trains(process, directory)
     if victim == "a rank":
-        found = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-        )
-        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
         assert process.wait(60) == 1
         assert Result.read(directory).status == "failed"
     else:

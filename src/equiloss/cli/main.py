@@ -21,6 +21,7 @@ from equiloss.cli import catalogue
 from equiloss.errors import LossError, UserError, printable, unknown
 from equiloss.imports import foreign_code
 from equiloss.launching.composition_errors import explain
+from equiloss.launching.console import plain
 from equiloss.losses import registry
 from equiloss.losses.adapter import adapted
 from equiloss.losses.signature import config_node, read
@@ -203,7 +204,7 @@ def sweep(
     jobs, line = sweep_table.table(directory)
     console = Console()
     console.print(jobs)
-    console.print(Text(line), soft_wrap=True)
+    console.print(plain(line), soft_wrap=True)
 
 
 @app.command()
@@ -224,10 +225,10 @@ def report(
     head, rows = table(comparison)
     metrics = Table(*(name.replace("test/", "test ") for name in head[:5]))
     for row in rows:
-        metrics.add_row(*(Text(printable(cell)) for cell in row[:5]))
+        metrics.add_row(*map(plain, row[:5]))
     console = Console()
     console.print(metrics)
     for place, why in comparison.run_set.skipped.items():
         print(printable(f"skipped {place}: {why}"), file=sys.stderr)
     console.print(Text(str(comparison.verdict)), soft_wrap=True)
-    console.print(Text(f"report: {output or directories[0] / 'report'}/report.md"), soft_wrap=True)
+    console.print(plain(f"report: {output or directories[0] / 'report'}/report.md"), soft_wrap=True)

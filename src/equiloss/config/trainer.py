@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from equiloss.config.checks import open_dict, positive, require
+from equiloss.config.checks import finite, open_dict, positive, require
 from equiloss.errors import choose
 
 PRECISIONS = (
@@ -88,6 +88,7 @@ class TrainerConfig:
         whole = ("threads", "max_epochs", "max_steps", "micro_batch_size", "log_every_n_steps")
         for key in (*whole, "rank_timeout_s"):
             positive(f"trainer.{key}", getattr(self, key))
+        finite("trainer.rank_timeout_s", self.rank_timeout_s)
         require(
             self.max_time is None or re.fullmatch(r"\d+(:\d\d){3}", self.max_time) is not None,
             f"trainer.max_time is written DD:HH:MM:SS, such as 00:12:00:00; got {self.max_time}",

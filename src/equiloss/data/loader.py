@@ -1,7 +1,8 @@
-"""The loader of a split: what goes wrong in a worker is told in one line, as if it were here."""
+"""The loader of a split: what goes wrong in a worker is one line, as if it were here."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -18,8 +19,6 @@ from equiloss.data.sources import Batch, Source
 from equiloss.distributed import interruption
 from equiloss.errors import DataError, UserError, first_line
 
-# The wait for a batch is counted in pieces of so many seconds: of the time in which the whole job
-# is suspended, by Ctrl-Z or a lid, no more than one counts.
 LOOK_SECONDS = 5.0
 WAY_OUT = "give workers more shared memory (docker's --shm-size), or set data.num_workers=0"
 
@@ -106,7 +105,6 @@ class SplitLoader(DataLoader[Batch]):
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_the_run,
-            timeout=min(timeout_s, LOOK_SECONDS) if workers else 0,
             **options,
         )
         self.split = split
@@ -120,26 +118,21 @@ class SplitLoader(DataLoader[Batch]):
             raise DataError(
                 f"cannot start the workers of the {self.split} split: {reason}; {WAY_OUT}"
             ) from error
-        return self._told(batches)
+        return self._checked(batches)
 
-    def _told(self, batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
-        waited = 0.0
+    def _checked(self, batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+        late = DataError(
+            f"the workers of the {self.split} split gave no batch in {self.timeout_s:g} s: "
+            f"raise data.worker_timeout_s (0: wait for ever), {WAY_OUT}"
+        )
         while True:
             try:
-                with deaths_told():
+                with naming_dead_workers(), _limited(self.timeout_s * bool(self.num_workers), late):
                     batch = next(batches, None)
-                waited = 0.0
-            except RuntimeError as error:
-                if "timed out" not in str(error):
-                    raise
-                waited += self.timeout
-                if waited < self.timeout_s:
-                    continue
-                _kill_workers(batches)
-                raise DataError(
-                    f"the workers of the {self.split} split gave no batch in {self.timeout_s:g} s: "
-                    f"raise data.worker_timeout_s (0: wait for ever), {WAY_OUT}"
-                ) from error
+            except DataError as error:
+                if error is late:
+                    _kill_workers(batches)
+                raise
             if batch is None:
                 return
             if isinstance(batch, _Failure):
@@ -155,8 +148,34 @@ class SplitLoader(DataLoader[Batch]):
 
 
 @contextmanager
-def deaths_told() -> Iterator[None]:
-    """Tell in one line that a worker died: torch's signal handler raises wherever a run is.
+def _limited(seconds: float, late: DataError) -> Iterator[None]:
+    """Raise an error in the context once it has lasted so long (0: never).
+
+    torch's own limit does not reach the wait for a worker's memory. The time is counted in pieces
+    by a timer: of that in which the whole job is suspended, by Ctrl-Z or a lid, one counts at most.
+    """
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    piece = min(seconds, LOOK_SECONDS)
+    pieces = iter(range(math.ceil(seconds / piece) - 1))
+
+    def count(*_: object) -> None:
+        if next(pieces, None) is None:
+            raise late
+
+    before = signal.signal(signal.SIGALRM, count)
+    signal.setitimer(signal.ITIMER_REAL, piece, piece)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Say in one line that a worker died: torch's signal handler raises wherever a run is.
 
     Raises:
         DataError: with torch's reason and the ways out.
@@ -166,10 +185,10 @@ def deaths_told() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error.__context__, DataError):
             raise error.__context__ from None  # Lightning fails over it again
-        told = [str(e) for e in (error.__cause__, error) if "DataLoader worker (pid" in str(e)]
-        if not told:
+        said = [str(e) for e in (error.__cause__, error) if "DataLoader worker (pid" in str(e)]
+        if not said:
             raise
-        reason = told[0].strip().partition(". ")[0].rstrip(".")
+        reason = said[0].strip().partition(". ")[0].rstrip(".")
         raise DataError(f"{reason}: memory or /dev/shm may be full; {WAY_OUT}") from error
 
 

@@ -16,7 +16,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Exit code of a rank that stops because another one was asked to; sysexits.h calls it EX_TEMPFAIL.
@@ -76,6 +79,11 @@ class _State:
 def asked() -> Interrupted | None:
     """What asked this process to stop; None if nothing has."""
     return _State.asked
+
+
+def wish(like: Tensor) -> Tensor:
+    """1 on a rank that was asked to stop, otherwise 0, 0-dim: it travels with what is summed."""
+    return like.new_full((), float(_State.asked is not None))
 
 
 def ask_for_lack_of_time() -> None:

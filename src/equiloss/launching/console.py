@@ -19,10 +19,15 @@ from equiloss.records.results import Result
 from equiloss.records.run_dir import TRAIN_LOG
 
 
+def plain(text: str) -> Text:
+    """Text that Rich shows as it is, in one line, whatever it holds: a name is no markup."""
+    return Text(printable(text))
+
+
 def show(result: Result, run_dir: Path) -> None:
     """Print the final metrics, the parity verdict, and where everything is; also to train.log."""
     console = Console(record=True)
-    table = Table(title=Text(printable(f"{result.loss['name']}: {result.status}")))
+    table = Table(title=plain(f"{result.loss['name']}: {result.status}"))
     table.add_column("metric")
     splits = [split for split in ("val", "test") if f"{split}/loss" in result.metrics]
     for split in splits:
@@ -30,7 +35,7 @@ def show(result: Result, run_dir: Path) -> None:
     for name in SPLIT_METRICS:
         table.add_row(name, *(_readable(name, result.metrics.get(f"{s}/{name}")) for s in splits))
     console.print(table)
-    console.print(Text(printable(verdict(result.parity))), soft_wrap=True)
+    console.print(plain(verdict(result.parity)), soft_wrap=True)
     timing = result.timing
     if timing.get("train_s"):
         console.print(
@@ -41,7 +46,7 @@ def show(result: Result, run_dir: Path) -> None:
             highlight=False,
         )
     for line in (f"run directory: {run_dir}", f"look at it:    tensorboard --logdir {run_dir}"):
-        console.print(Text(line), soft_wrap=True)
+        console.print(plain(line), soft_wrap=True)
     with suppress(OSError), (run_dir / TRAIN_LOG).open("a", encoding="utf-8") as log:
         log.write(console.export_text())
 

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from rich.table import Table
-from rich.text import Text
 
 from equiloss.errors import ConfigError, printable
+from equiloss.launching.console import plain
 from equiloss.launching.ledger import Attempt, Entry, Ledger
 
 
@@ -55,11 +55,6 @@ def table(sweep_dir: Path) -> tuple[Table, str]:
             "" if entry.skipped or seconds is None else _duration(seconds),
         )
     return jobs, _line(ledger, begun, entries)
-
-
-def plain(text: str) -> Text:
-    """Text that Rich shows as it is, whatever it holds: a name is no markup."""
-    return Text(printable(text))
 
 
 def _line(ledger: Ledger, begun: Attempt, entries: dict[int, Entry]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from equiloss.errors import printable
 from equiloss.records.atomic import write_atomically
 from equiloss.records.results import json_ready
+from equiloss.records.writing import FileError
 from equiloss.report.compare import FINAL_METRICS, TIMING, Comparison, compare
 from equiloss.report.figures import Picture, draw_all
 from equiloss.report.groups import Group, Spread
@@ -47,8 +48,10 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Com
         write_atomically(output / "report.md", page(comparison, pictures))
         text = json.dumps(data(comparison), indent=1, allow_nan=False, default=str)
         write_atomically(output / "report.json", text + "\n")
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (FileError, OSError) as error:
+        # The way out of a file of a run is none for a report.
+        refused = error.__cause__ if isinstance(error, FileError) else error
+        reason = (getattr(refused, "strerror", None) or str(refused)).lower()
         raise ReportError(f"the report cannot be written to {output}: {reason}") from error
     return comparison
 

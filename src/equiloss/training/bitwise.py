@@ -21,11 +21,11 @@ from torch import Tensor
 
 from equiloss import randomness
 from equiloss.data.sampler import part_of
-from equiloss.distributed import collectives
+from equiloss.distributed import collectives, interruption
 from equiloss.errors import ConfigError
 from equiloss.losses import reduction
 from equiloss.losses.projection import Outputs, joined
-from equiloss.training.step import Accumulated, wish_to_stop
+from equiloss.training.step import Accumulated
 
 if TYPE_CHECKING:
     from equiloss.data.sources import Batch
@@ -127,7 +127,7 @@ class Shards:
             kept.append(outputs.detached())
             gradients = torch.autograd.grad(part.total, parameters, materialize_grads=True)
         total = part.total.detach()
-        numbers = (total, part.mass, wish_to_stop(total))
+        numbers = (total, part.mass, interruption.wish(total))
         return torch.cat(
             [*(number.view(1) for number in numbers), *(part.flatten() for part in gradients)]
         )

@@ -52,7 +52,7 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None
         """The best value of the monitored metric so far."""
         self.found: Path | None = None
-        """The state that a run goes on from, once `look` has found it."""
+        """The state that a run goes on from, once `find_state` has found it."""
         # A file of that name may be of another run.
         self._has_best = False
         self._damaged: list[Path] = []
@@ -69,7 +69,7 @@ class Checkpoints(Checkpoint):
         """Full state of the newest step saved."""
         return self.directory / LAST
 
-    def look(self) -> int | None:
+    def find_state(self) -> int | None:
         """Find the newest full state that is whole; nothing is changed.
 
         Returns:
@@ -101,7 +101,7 @@ class Checkpoints(Checkpoint):
         return True
 
     def set_damaged_aside(self) -> None:
-        """Rename what `look` has found damaged, and say so; a rank that looks later misses it."""
+        """Rename what `find_state` found damaged, and say so; a rank that looks later misses it."""
         for path in self._damaged:
             log.warning("%s is damaged: it is %s now", path, set_aside(path).name)
         if self._damaged and self.found is None:
@@ -148,7 +148,7 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state at the end of each epoch, and stop if a signal has asked for it."""
         self._save_last(trainer)
-        wish = torch.tensor(float(interruption.asked() is not None), device=pl_module.device)
+        wish = interruption.wish(torch.empty((), device=pl_module.device))
         if collectives.max_over_ranks(wish) > 0:
             interruption.stop()
 

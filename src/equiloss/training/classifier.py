@@ -36,7 +36,7 @@ class Classifier(LightningModule):
         num_classes: K.
         split_sizes: Samples of the `train`, `val` and `test` split.
         total_steps: Optimizer steps of a run that goes to its end.
-        data: `Splits.fingerprint`, for checkpoints (None: they say nothing of the data).
+        fingerprint: `Splits.fingerprint`, for checkpoints (None: they say nothing of the data).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Classifier(LightningModule):
         num_classes: int,
         split_sizes: dict[str, int],
         total_steps: int,
-        data: dict[str, str] | None = None,
+        fingerprint: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         # Gradients are summed over micro-batches and ranks by `GlobalStep`, not by Lightning.
@@ -60,7 +60,7 @@ class Classifier(LightningModule):
         self.row_keys = row_keys
         self.split_sizes = split_sizes
         self.total_steps = total_steps
-        self.data = data or {}
+        self.fingerprint = fingerprint or {}
         self.evaluation = EvaluationMetric(num_classes, criterion.ignore_index)
         accumulate = (
             bitwise.Shards(self, config.trainer.shards)
@@ -101,7 +101,11 @@ class Classifier(LightningModule):
         return optimizer
 
     def setup(self, stage: str) -> None:
-        """Make sure that the process group is the one that was asked for."""
+        """Make sure that the process group is the one that was asked for.
+
+        From here on, where all ranks have joined, signals wait for the end of a step or batch.
+        """
+        interruption.wait_for_steps()
         asked, real = self.trainer.world_size, collectives.world_size()
         if real != asked or self.config.trainer.devices not in (real, -1):
             raise RuntimeError(
@@ -121,7 +125,6 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Note from where training goes on, on how many ranks, and put the generators back."""
-        interruption.wait_for_steps()
         world_size = collectives.world_size()
         self.progress.segments.append({"from_step": self.global_step, "world_size": world_size})
         # A run that continues inside an epoch does not start the epoch again.
@@ -168,13 +171,8 @@ class Classifier(LightningModule):
 
     def on_validation_start(self) -> None:
         """Stop the clock."""
-        interruption.wait_for_steps()
         if self.trainer.state.fn == "fit":
             self.clock.lap(self.progress.counts)
-
-    def on_test_start(self) -> None:
-        """Have signals wait for the end of a batch."""
-        interruption.wait_for_steps()
 
     def on_validation_end(self) -> None:
         """Start the clock again."""
@@ -212,7 +210,7 @@ class Classifier(LightningModule):
             loss={"name": self.criterion.name, "options": self.criterion.options},
             progress=self.progress,
             rng=collectives.gather_objects(randomness.state(self.device)),
-            data=self.data,
+            fingerprint=self.fingerprint,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

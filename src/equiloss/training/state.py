@@ -85,7 +85,7 @@ class RunState:
     progress: Progress
     rng: list[dict[str, Any]]
     """State of the random generators of each rank."""
-    data: dict[str, str] = field(default_factory=dict)
+    fingerprint: dict[str, str] = field(default_factory=dict)
     """`Splits.fingerprint`; empty in checkpoints of versions that had none."""
 
     def save(self, checkpoint: dict[str, Any]) -> None:
@@ -129,9 +129,10 @@ class RunState:
                 for option, value in self.loss["options"].items()
             ),
         ]
-        if self.data:
-            parts = dict.fromkeys([*self.data, *other.data])
-            pairs += [(part, self.data.get(part), other.data.get(part)) for part in parts]
+        if self.fingerprint:
+            before, now = self.fingerprint, other.fingerprint
+            parts = dict.fromkeys([*before, *now])
+            pairs += [(part, before.get(part), now.get(part)) for part in parts]
         else:
             log.info("the checkpoint has no digest of the data: they are taken to be the same")
         for what, before, now in pairs:

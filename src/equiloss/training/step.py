@@ -99,7 +99,8 @@ class MicroBatches:
                     mass = pending.wait()
                 if last:
                     # The log and the guard need the global loss: it travels during backward.
-                    travelling = collectives.start_sum(torch.stack([total, wish_to_stop(total)]))
+                    sums = torch.stack([total, interruption.wish(total)])
+                    travelling = collectives.start_sum(sums)
                 module.manual_backward(reduction.rank_loss(part.total, mass))
         return Accumulated(travelling, mass, joined(kept), batch.target)
 
@@ -108,11 +109,6 @@ class MicroBatches:
         if isinstance(strategy, ParallelStrategy):
             return strategy.block_backward_sync()
         return contextlib.nullcontext()
-
-
-def wish_to_stop(like: Tensor) -> Tensor:
-    """1 on a rank that was asked to stop, otherwise 0: it travels with what is summed anyway."""
-    return torch.full_like(like, float(interruption.asked() is not None))
 
 
 class GlobalStep:

@@ -1,4 +1,4 @@
-"""Runs of `train.py` that faults are done to."""
+"""Runs of `train.py` in processes of their own, to which something is done while they train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from equiloss.records.run_dir import METRICS
 from support import PYTHONPATH, ROOT
 
 # Twelve steps of 0.2 s, and a checkpoint after every second one.
-BASE = (
+SLOW = (
     "callbacks=quiet",
     "logger=csv",
     "parity=off",
@@ -24,7 +24,6 @@ BASE = (
     "trainer.max_steps=12",
     "trainer.threads=1",
     "checkpoint.every_n_steps=2",
-    "optimizer.options={momentum: 0.9}",
 )
 
 
@@ -43,7 +42,7 @@ def start(
             signal.signal(number, signal.SIG_DFL)
         prepare()
 
-    command = [sys.executable, str(ROOT / "train.py"), *BASE, *arguments]
+    command = [sys.executable, str(ROOT / "train.py"), *SLOW, *arguments]
     if not any(argument.startswith("hydra.run.dir") for argument in arguments):
         command.append(f"hydra.run.dir={directory}")
     if redirected:
