@@ -3,6 +3,7 @@
 #   make test
 #   make test-slow
 #   make faults
+#   make moments
 #   make fuzz
 #   make ray
 #   make loggers
@@ -15,7 +16,7 @@ ARGS ?=
 # Two test processes, a thread each: two pools of threads on the same cores are far slower.
 JOBS ?= 2
 
-.PHONY: train test test-slow faults fuzz ray loggers lint invariance pictures clean
+.PHONY: train test test-slow faults moments fuzz ray loggers lint invariance pictures clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -34,6 +35,10 @@ faults: $(VENV)/dev.stamp
 		$(BIN)/python -m pytest -n $(JOBS) -m faults tests/faults $(ARGS)
 	$(BIN)/python tests/faults/table.py faults.jsonl docs/faults.md
 	rm -f faults.jsonl
+
+# Two hundred kills and three hundred signals, at moments drawn by a seed.
+moments: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m moments tests/faults $(ARGS)
 
 # Hostile command lines and files by the thousand, and fifty runs in one process.
 fuzz: $(VENV)/dev.stamp

@@ -224,7 +224,13 @@ def test_a_torchvision_network_trains_on_grey_images(tmp_path: Path) -> None:
 
 
 def test_a_compiled_network_is_the_same_network(run_here: Run, tmp_path: Path) -> None:
-    options = ("trainer.max_steps=3", "trainer.precision=64-true", "model=mlp")
+    options = (
+        "trainer.max_steps=3",
+        "trainer.precision=64-true",
+        "model=mlp",
+        "model.options.widths=[16,16,16]",
+        "model.options.dropout=0.1",
+    )
     run(composed(*options, "callbacks=quiet"), tmp_path / "eager")
     run(composed(*options, "callbacks=quiet", "model.compile=true"), tmp_path / "compiled")
     eager = read_metrics(tmp_path / "eager", "train/loss")

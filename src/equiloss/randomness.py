@@ -8,6 +8,7 @@ which are made independent of other ranks', saved and put back.
 
 from __future__ import annotations
 
+import math
 import random
 from enum import IntEnum
 from typing import Any
@@ -76,21 +77,27 @@ def keyed_uniform(
     return _uniform(keyed_bits(seed, epoch, index, draws, stream=stream))
 
 
-def more_uniform(keys: Tensor, number: int, draws: int) -> Tensor:
-    """Uniform numbers in [0, 1), [N, draws] float32, from keys [N] that are hashes themselves.
+def below(p: float, keys: Tensor, number: int, draws: int) -> Tensor:
+    """Events of probability p, [N, draws] bool, from keys [N] that are hashes themselves.
 
     Args:
+        p: Taken in float32, and upwards to a multiple of 2**-24.
         keys: Hashed keys [N] int64, of `keyed_bits`.
         number: Which use of the same keys this is, from 0.
         draws: Numbers per key.
     """
-    key = _mix(keys + (number + 1) * _STEP)  # [N]
+    key = _mix(keys + _signed((number + 1) * _STEP % 2**64))  # [N]
     steps = torch.arange(1, draws + 1, device=keys.device) * _GOLDEN
-    return _uniform(_mix(key[:, None] + steps))
+    return _upper(_mix(key[:, None] + steps)) < math.ceil(np.float32(p) * 2**24)
 
 
 def _uniform(bits: Tensor) -> Tensor:
-    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+    return _upper(bits).to(torch.float32) * 2.0**-24
+
+
+def _upper(bits: Tensor) -> Tensor:
+    """The upper 24 bits, as a number."""
+    return _shift_right(bits, 40)
 
 
 def _signed(pattern: int) -> int:

@@ -65,3 +65,20 @@ def test_what_marks_a_configuration_as_ours_cannot_be_removed(changed: Changed, 
     del plain[key]
     with pytest.raises(ConfigError, match=rf"^{key} cannot be removed: leave ~{key} out$"):
         resolve(OmegaConf.create(plain))
+
+
+@pytest.mark.parametrize("group", ["checkpoint", "early_stopping"])
+class TestMode:
+    """Whether a small or a large value is kept follows from what is monitored."""
+
+    @pytest.mark.parametrize(("name", "mode"), [("nll", "min"), ("acc", "max"), ("ece", "min")])
+    def test_it_is_stored_as_if_it_had_been_given(self, group: str, name: str, mode: str) -> None:
+        monitor = f"{group}.monitor=val/{name}"
+        found = composed(monitor)
+        assert found.plain[group]["mode"] == mode
+        assert composed(monitor, f"{group}.mode={mode}").hash == found.hash
+
+    def test_one_that_keeps_the_worst_is_refused(self, group: str) -> None:
+        words = rf"^{group}\.mode=min would keep the worst val/acc_top5: it is max"
+        with pytest.raises(ConfigError, match=words):
+            composed(f"{group}.monitor=val/acc_top5", f"{group}.mode=min")

@@ -365,6 +365,7 @@ def test_ranks_have_an_environment_of_their_own(
 ) -> None:
     """The parent's is left alone; its number of threads is not theirs."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MKL_NUM_THREADS", "3")  # which torch would prefer
     directory = tmp_path / "run"
     directory.mkdir()
     resolved = composed(*QUIET, "debug=fast", "trainer=ddp_cpu", "trainer.threads=2", "logger=csv")

@@ -52,6 +52,12 @@ def test_seed_epoch_sample_and_layer_make_another_mask() -> None:
         assert abs((mask == other).double().mean() - 0.5) < 5 * 0.5 / 1000**0.5
 
 
+def test_a_network_may_have_any_number_of_layers() -> None:
+    index = torch.arange(4)
+    found = [masks(0.5, index, layer=layer) for layer in (0, 1, 2, 3, 200, 10**9)]
+    assert len({tuple(mask.flatten().tolist()) for mask in found}) == len(found)
+
+
 def test_the_gradient_goes_through_what_was_kept() -> None:
     row_keys = RowKeys(0)
     features = torch.ones(2, 3, 4, requires_grad=True)

@@ -272,7 +272,7 @@ def test_a_run_is_written_as_metrics_csv_has_it(
     run_dir = tmp_path / "my run"
     options = ("loss=softmax_nll", "seed=3", f"trainer.devices={devices}")
     # The weights that are tested are those of the first epoch: its metrics are the final ones.
-    first = ("trainer.max_epochs=2", "checkpoint.mode=max")
+    first = ("trainer.max_epochs=2", "optimizer.lr=20")
     done = train_offline(*FAST, *options, *first, f"hydra.run.dir='{run_dir}'")
     assert done.returncode == 0, done.stderr
     result, expected = Result.read(run_dir), metrics_of(run_dir)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from equiloss.distributed.process_groups import run_ranks
@@ -43,7 +43,7 @@ def evaluate(
     metric = EvaluationMetric(logits.shape[1], ignore_index=IGNORED)
     sizes = [len(target)] if sizes is None else sizes
     for x, y in zip(logits.split(sizes), target.split(sizes), strict=True):
-        metric.update(x, y, criterion(x, y))
+        metric.update(x, y, criterion.exact_sum(x, y))
     return metric.evaluate()
 
 
@@ -135,12 +135,54 @@ class TestDefinitions:
             # Adding the ignored rows' zeros regroups a float32 sum of some 130 losses.
             assert with_ignored.scalars[name] == pytest.approx(value, rel=130 * 2**-23)
 
-    def test_logits_that_are_no_numbers_are_wrong_and_do_not_end_the_evaluation(self):
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_logits_without_a_softmax_are_wrong_and_do_not_end_the_evaluation(self, value):
         logits, target = batch()
-        logits[3] = math.nan
+        for row in (target == 0).nonzero():
+            logits[row] = value
         got = evaluate(logits, target)
         assert math.isnan(got.scalars["nll"])
-        assert 0 < got.scalars["acc"] < 1
+        assert math.isnan(got.scalars["ece"])
+        counted = target != 0
+        others = evaluate(logits[counted], target[counted]).scalars
+        share = int(counted.sum()) / len(target)
+        for name in ("acc", "acc_top5"):
+            assert got.scalars[name] == pytest.approx(share * others[name])
+        assert got.scalars["balanced_acc"] == pytest.approx(6 / 7 * others["balanced_acc"])
+        assert got.confusion[0].tolist() == [0] * 7
+
+    def test_of_equal_logits_the_lower_class_is_the_larger(self):
+        got = evaluate(torch.zeros(8, 8), torch.arange(8)).scalars
+        assert (got["acc"], got["acc_top5"]) == (1 / 8, 5 / 8)
+
+    def test_probabilities_that_round_to_the_same_do_not_tie(self):
+        logits = torch.tensor([[0.0, 2**-30]])
+        assert logits.softmax(-1).unique().tolist() == [0.5]
+        assert evaluate(logits, torch.tensor([1])).scalars["acc"] == 1
+
+    @pytest.mark.parametrize("classes", [1, 3, 5, 15])
+    def test_a_bin_holds_its_upper_edge(self, classes):
+        """Guo's bins: 1/K of equal logits is an edge where K divides 15."""
+        got = evaluate(torch.zeros(2, classes), torch.zeros(2, dtype=torch.int64))
+        assert got.calibration[0].nonzero().tolist() == [[CALIBRATION_BINS // classes - 1]]
+
+    def test_sums_are_those_of_float64_over_any_number_of_rows(self):
+        logits = torch.zeros(200_000, 2)
+        logits[0] = 1e5  # a loss of 1e5 beside 200,000 of log 2, each lost in a sum of float32
+        logits[0, 0] = 0
+        target = torch.zeros(200_000, dtype=torch.int64)
+        terms = F.cross_entropy(logits, target, reduction="none").double()
+        assert evaluate(logits, target).scalars["loss"] == pytest.approx(
+            terms.mean().item(), rel=1e-13
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_of_a_module_leaves_the_sums_alone(self, dtype):
+        logits, target = batch()
+        metric = EvaluationMetric(7)
+        nn.ModuleList([metric]).to(dtype)
+        metric.update(logits, target, Criterion("cross_entropy").exact_sum(logits, target))
+        assert metric.evaluate().scalars == evaluate(logits, target).scalars
 
     def test_nothing_but_ignored_rows(self):
         logits, _ = batch(rows=4)

@@ -193,6 +193,33 @@ def test_a_limit_of_time_interrupts(whole: Path, tmp_path: Path) -> None:
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.parametrize("stop", [3, "signal"])
+def test_validation_inside_an_epoch(stop: int | str, tmp_path: Path) -> None:
+    """A step may be saved, validated and the run's last at once: early stopping counts each."""
+    options = (
+        "+trainer.val_check_interval=2",
+        "checkpoint.every_n_steps=2",
+        "early_stopping.enabled=true",
+        "early_stopping.patience=3",
+        "early_stopping.min_delta=10",
+    )
+    # Validated after steps 2, 4, 7 and 9 of 15; the fourth is the third without improvement.
+    whole = run(composed(*SMALL, *options), tmp_path / "whole")
+    assert whole.steps["taken"] == 9
+    if stop == "signal":
+        with pytest.raises(Interrupted):
+            run(
+                composed(*SMALL, *options),
+                tmp_path / "cut",
+                callbacks=[SignalAt("on_train_batch_start", 3)],
+            )
+        run(composed(*SMALL, *options), tmp_path / "cut")
+    else:
+        assert isinstance(stop, int)
+        stopped_and_continued(tmp_path / "cut", StopBefore(stop), *options)
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_twice(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(StopError):
         run(composed(*SMALL), tmp_path, callbacks=[StopBefore(3)])
@@ -364,11 +391,12 @@ def killed(directory: Path, devices: int, victim: str) -> None:
     until_it_trains(process, directory)
     if victim == "a rank":
         os.kill(children(process.pid)[-1], signal.SIGKILL)
-        assert process.wait(60) == 1
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 1, output
         assert Result.read(directory).status == "failed"
     else:
         process.kill()
-        process.wait(60)
+        process.communicate(timeout=60)
     assert len(read_metrics(directory, "train/loss")) < 12
 
 

@@ -75,6 +75,23 @@ def test_control_a_mean_of_local_means_is_another_number(one_process: Path, tmp_
     assert weight_difference(final_weights(several), final_weights(one_process)) > 1e-3
 
 
+def test_parameters_without_a_gradient_count_as_zero(tmp_path: Path) -> None:
+    """Those that no image uses, and those that only another rank's images use: weights decay."""
+    options = (
+        *(option for option in OPTIONS if "model" not in option and "batch_size" not in option),
+        "trainer.max_steps=20",
+        "data.batch_size=7",
+        "model=custom",
+        "model.target=stand_ins:routed",
+        "optimizer=adamw",
+    )
+    run(composed(*options), tmp_path / "one")
+    several = composed(*options, "trainer=ddp_cpu", "trainer.micro_batch_size=2")
+    run_ranks(run_in_rank, 2, several, tmp_path / "several")
+    one, two = (final_weights(tmp_path / name) for name in ("one", "several"))
+    assert weight_difference(one, two) < 1e-13
+
+
 def test_more_processes_than_samples(tmp_path: Path) -> None:
     config = composed(
         "trainer=ddp_cpu",

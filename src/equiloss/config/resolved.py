@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config import Config, TrainerConfig
 from equiloss.config.checks import check_plain, require
+from equiloss.config.training import better
 from equiloss.errors import ConfigError
 
 # What only a person sees: a completed run is the same run without it.
@@ -66,6 +67,9 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
     )
     config = OmegaConf.to_object(typed)
     assert isinstance(config, Config)
+    for group in plain.keys() & {"checkpoint", "early_stopping"}:
+        # As earlier versions have stored it: what follows is written out.
+        plain[group]["mode"] = better(getattr(config, group).monitor)
     return ResolvedConfig(config, plain, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 

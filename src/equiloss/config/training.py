@@ -11,6 +11,27 @@ from equiloss.errors import choose
 SPLIT_METRICS = ("loss", "nll", "acc", "balanced_acc", "acc_top5", "ece")
 
 
+def better(metric: str) -> str:
+    """Whether a smaller or a larger value of a metric is better: min | max.
+
+    >>> better("val/acc_top5"), better("test/nll")
+    ('max', 'min')
+    """
+    return "max" if "acc" in metric else "min"
+
+
+def _check_monitor(group: str, monitor: str, mode: str | None) -> None:
+    """Refuse a metric of no validation, and a mode that would keep the worst."""
+    choose(f"{group}.monitor", monitor, [f"val/{name}" for name in SPLIT_METRICS])
+    if mode is not None:
+        choose(f"{group}.mode", mode, ("min", "max"))
+        require(
+            mode == better(monitor),
+            f"{group}.mode={mode} would keep the worst {monitor}: it is {better(monitor)}, also "
+            "where it is left out",
+        )
+
+
 @dataclass
 class OptimizerConfig:
     """An optimizer of torch.optim by name."""
@@ -57,14 +78,13 @@ class CheckpointConfig:
 
     monitor: str = "val/nll"
     """Metric that chooses best.ckpt."""
-    mode: str = "min"
-    """min | max: whether a smaller or a larger `monitor` is better."""
+    mode: str | None = None
+    """min | max: whether a smaller or a larger `monitor` is better (null: as the metric is)."""
     every_n_steps: int | None = None
     """Write last.ckpt every so many steps, besides each epoch's end (null: epochs only)."""
 
     def __post_init__(self) -> None:
-        choose("checkpoint.monitor", self.monitor, [f"val/{name}" for name in SPLIT_METRICS])
-        choose("checkpoint.mode", self.mode, ("min", "max"))
+        _check_monitor("checkpoint", self.monitor, self.mode)
         positive("checkpoint.every_n_steps", self.every_n_steps)
 
 
@@ -75,15 +95,14 @@ class EarlyStoppingConfig:
     enabled: bool = False
     monitor: str = "val/nll"
     """Metric to watch."""
-    mode: str = "min"
-    """min | max."""
+    mode: str | None = None
+    """min | max (null: as the metric is)."""
     patience: int = 5
     """Validations without improvement before the run ends."""
     min_delta: float = 0.0
     """Smallest change that counts, in the metric's unit."""
 
     def __post_init__(self) -> None:
-        choose("early_stopping.monitor", self.monitor, [f"val/{name}" for name in SPLIT_METRICS])
-        choose("early_stopping.mode", self.mode, ("min", "max"))
+        _check_monitor("early_stopping", self.monitor, self.mode)
         positive("early_stopping.patience", self.patience)
         finite("early_stopping.min_delta", self.min_delta)

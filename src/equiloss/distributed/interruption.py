@@ -74,6 +74,8 @@ class _State:
     replaced: dict[int, Any] = {}  # noqa: RUF012  # one process has one
     """Handlers that were there before."""
     last_words: Callable[[], None] | None = None
+    ending = False
+    """Whether this process is about to end by itself."""
 
 
 def asked() -> Interrupted | None:
@@ -177,9 +179,17 @@ def leave_to_the_system() -> None:
 
 def end_with(code: int) -> None:
     """Have a signal end this process with a code, as it is about to end by itself."""
+    _State.ending = True
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: _leave(code))
+
+
+def ignore_at_the_end() -> None:
+    """Ignore signals, where `end_with` was called: Python lets one kill it while it shuts down."""
+    if _State.ending:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _take() -> None:
@@ -194,7 +204,8 @@ def _take() -> None:
 def _give_back() -> dict[int, Any]:
     before = dict(_State.replaced)
     for number, handler in before.items():
-        signal.signal(number, handler)
+        if not _State.ending:
+            signal.signal(number, handler)
     _State.replaced.clear()
     _State.waits = False
     return before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ def main(application: Callable[[], Any]) -> None:
 
     What a user caused is shown in one line without a traceback, unless HYDRA_FULL_ERROR=1.
     """
+    atexit.register(interruption.ignore_at_the_end)  # the first, and so the last to be called
     streams.make_optional()
     membership.quieten_hydra(sys.argv)
     full_error = os.environ.get(FULL_ERROR)
@@ -41,16 +43,26 @@ def main(application: Callable[[], Any]) -> None:
     try:
         with interruption.listening(), _environment(variables):
             check_words(sys.argv[1:])
-            application()
+            with _ending_for_sure():
+                application()
             sweep = current_sweep()
     except Interrupted as interrupted:
-        interruption.end_with(interrupted.code)
         sys.exit(interrupted.code)
     except Exception as error:
         if full_error == "1" or not (mendable(error) or isinstance(error.__cause__, OSError)):
             raise
         sys.exit(f"error: {explain(error)}")
     sys.exit(0 if sweep is None else _close(*sweep))
+
+
+@contextmanager
+def _ending_for_sure() -> Iterator[None]:
+    """From an interruption on, have a second signal change no exit code."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        interruption.end_with(interrupted.code)
+        raise
 
 
 def _close(sweep_dir: Path, entries: dict[int, Entry]) -> int:

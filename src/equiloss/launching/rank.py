@@ -37,6 +37,15 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _take_threads(number: int) -> None:
+    """Use so many CPU threads, whatever another variable of the environment asks for."""
+    import torch
+
+    torch.set_num_threads(number)
+    if torch.get_num_threads() != number:
+        raise UserError(f"torch uses {torch.get_num_threads()} CPU threads in place of {number}")
+
+
 def _main(run_dir: Path, run: str) -> int:
     """Run one rank; returns the exit code."""
     number = int(os.environ["LOCAL_RANK"])
@@ -59,6 +68,7 @@ def _main(run_dir: Path, run: str) -> int:
                 *([logging.FileHandler(run_dir / TRAIN_LOG, encoding="utf-8")] * (number == 0)),
             ],
         )
+        _take_threads(int(os.environ["OMP_NUM_THREADS"]))
         stored = OmegaConf.load(run_dir / CONFIG)
         assert isinstance(stored, DictConfig)
         import_target(run, "run", UserError)(resolve(stored), run_dir)

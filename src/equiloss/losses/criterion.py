@@ -156,21 +156,31 @@ class Criterion(nn.Module):
         self._check_result(losses, rows)
         return losses
 
+    def exact_sum(self, logits: Tensor | Outputs, target: Tensor) -> LossSum:
+        """The same two sums in float64, of what each row is in the promoted dtype."""
+        losses = self.per_sample(logits, target)  # [N]
+        masses = self._masses(target, losses.dtype)
+        return LossSum(losses.double().sum(), masses.double().sum())
+
     def mass(self, target: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Denominator of the mean over these rows, 0-dim in `dtype`; needs no logits.
 
         Rows of soft targets count 1 each, as PyTorch defines it. Rows of integer targets count
         their class's weight (1 without weights), ignored ones 0.
         """
+        return self._masses(target, dtype).sum().to(dtype)
+
+    def _masses(self, target: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each row counts [N]: whole numbers, or weights in `dtype`."""
         if target.is_floating_point():
-            return torch.full((), target.shape[0], dtype=dtype, device=target.device)
+            return torch.ones(len(target), dtype=torch.int64, device=target.device)
         kept = torch.ones_like(target, dtype=torch.bool)
         if self.ignore_index is not None:
             kept = target != self.ignore_index
         if "weight" not in self._vectors:
-            return kept.sum().to(dtype)
+            return kept
         weight = self._vector("weight", dtype, target.device)
-        return (weight[target.masked_fill(~kept, 0)] * kept).sum()
+        return weight[target.masked_fill(~kept, 0)] * kept
 
     def check_classes(self, num_classes: int) -> None:
         """Refuse options that have another number of classes than the data.

@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
-from equiloss.randomness import Stream, keyed_bits, more_uniform
+from equiloss.randomness import Stream, below, keyed_bits
 
 
 class RowKeys:
@@ -77,9 +78,21 @@ class KeyedDropout(nn.Dropout):
                 f"dropout on {list(input.shape)} in a forward pass of {len(keys)} rows: its first "
                 "axis must be the rows'"
             )
-        uniform = more_uniform(keys, self.layer, math.prod(input.shape[1:]))  # [n, values]
-        kept = (uniform >= self.p).view(input.shape).to(input.dtype)
+        draw = _opaque_below if torch.compiler.is_compiling() else below
+        dropped = draw(self.p, keys, self.layer, math.prod(input.shape[1:]))  # [n, values]
+        kept = (~dropped).view(input.shape).to(input.dtype)
         return input * kept * (1 / (1 - self.p) if self.p < 1 else 0.0)
+
+
+@torch.library.custom_op("equiloss::below", mutates_args=())
+def _opaque_below(p: float, keys: Tensor, number: int, draws: int) -> Tensor:
+    """`below`, as the compiler takes it: it makes code of it that crashes or refuses to be made."""
+    return below(p, keys, number, draws)
+
+
+@_opaque_below.register_fake
+def _(_p: float, keys: Tensor, _number: int, draws: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], draws), dtype=torch.bool)
 
 
 def key_dropout(model: nn.Module, row_keys: RowKeys) -> None:

@@ -117,7 +117,8 @@ class ParityMonitor(Callback):
         # A loss that takes features spares the logits in every other step.
         logits = seen.outputs.logits()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        generator = torch.Generator().manual_seed((self.seed << 40) + (step << 16) + rank)
+        number = (self.seed << 40) + (step << 16) + rank
+        generator = torch.Generator().manual_seed(number % 2**64)
         unit_normal = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
         batch = self._with_oracle(logits, seen.target)
         probe = self._with_oracle(unit_normal.to(logits.device), seen.target)

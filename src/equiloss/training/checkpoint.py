@@ -20,6 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from equiloss.config import CheckpointConfig
+from equiloss.config.training import better
 from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.reading import fits
@@ -57,6 +58,8 @@ class Checkpoints(Checkpoint):
         self._has_best = False
         self._damaged: list[Path] = []
         self._saved_step = -1
+        # What waits for the validation after this step: to save, and to stop.
+        self._save_due = self._stop_due = False
         self._stopping = False
 
     @property
@@ -127,23 +130,38 @@ class Checkpoints(Checkpoint):
         # Alone there is no one to agree with.
         stop = outputs["outcome"].stop or (trainer.world_size == 1 and interruption.asked())
         every = self.config.every_n_steps
-        if stop or (every is not None and trainer.global_step % every == 0):
+        self._stop_due = bool(stop)
+        self._save_due = self._stop_due or (every is not None and trainer.global_step % every == 0)
+        fit_loop = trainer.fit_loop
+        assert fit_loop._data_fetcher is not None
+        # A resumed run would leave out the validation of a step that was saved before it.
+        if not fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher):
+            self._save_and_stop(trainer)
+
+    def _save_and_stop(self, trainer: Trainer) -> None:
+        if self._save_due:
+            self._save_due = False
             self._save_last(trainer)
-        if stop:
+        if self._stop_due:
             interruption.stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
-        """Save the weights if the monitored metric is the best so far."""
+        """Save the weights if the monitored metric is the best so far.
+
+        Raises:
+            Interrupted: on every rank, where a signal has asked for it inside an epoch.
+        """
         value = pl_module.progress.scalars[self.config.monitor]
-        sign = 1 if self.config.mode == "min" else -1
-        better = self.best is None or sign * value < sign * self.best
+        sign = 1 if better(self.config.monitor) == "min" else -1
+        is_best = self.best is None or sign * value < sign * self.best
         if math.isnan(value):
-            better = not self._has_best
-        if better:
+            is_best = not self._has_best
+        if is_best:
             self._has_best = True
             self.best = None if math.isnan(value) else value
             with writing(self.best_path):
                 trainer.save_checkpoint(self.best_path, weights_only=True)
+        self._save_and_stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state at the end of each epoch, and stop if a signal has asked for it."""

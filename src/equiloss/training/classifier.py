@@ -230,7 +230,8 @@ class Classifier(LightningModule):
         outputs = self.outputs(batch.images)
         # Ranks of classes and calibration are figures of the logits, whatever the loss takes.
         logits = outputs.logits()
-        self.evaluation.update(logits, batch.target, self.criterion(outputs, batch.target))
+        sums = self.criterion.exact_sum(outputs, batch.target)
+        self.evaluation.update(logits, batch.target, sums)
         return logits
 
     def _finish_evaluation(self, split: str) -> None:

@@ -6,11 +6,12 @@ figures of one device. (Averaging the ranks' averages does not, and neither does
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from equiloss.losses.criterion import LossSum
@@ -29,7 +30,7 @@ class Evaluated(NamedTuple):
     samples: int
     """Samples seen over all ranks, ignored ones included."""
     confusion: Tensor
-    """Rows by (true class, predicted class) [K, K], int64."""
+    """Rows by (true class, predicted class) [K, K], int64; without those of NaN logits."""
     calibration: Tensor
     """Per bin of confidence: rows, sum of confidences, rows predicted rightly [3, B], float64."""
 
@@ -53,8 +54,11 @@ class EvaluationMetric(Metric):
       distribution", ICPR 2010.
     - `acc_top5`: share of rows whose true class is among the min(5, K) largest logits.
     - `ece`: expected calibration error over 15 equal bins of the largest probability; Guo et al.,
-      "On Calibration of Modern Neural Networks", ICML 2017. It keeps sums per bin, not every
-      confidence.
+      "On Calibration of Modern Neural Networks", ICML 2017. Bin m holds the confidences in
+      ((m-1)/15, m/15]. It keeps sums per bin, not every confidence.
+
+    Of equal logits the one of the lower class counts as the larger. A row whose logits have no
+    softmax (NaN among them) is wrong in every accuracy, and makes nll and ece NaN.
 
     Rows whose target is `ignore_index` count in `samples` alone. Soft targets count by their
     largest class, except in `loss` and `nll`.
@@ -82,16 +86,23 @@ class EvaluationMetric(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in COUNTS:
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        # The last column is of rows that predict nothing.
+        confusion = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
         self.add_state("confusion", confusion, dist_reduce_fx="sum")
         bins = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)
         self.add_state("calibration", bins, dist_reduce_fx="sum")
 
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
+    ) -> nn.Module:
+        """Move to another device, and never to another dtype: half precision would round sums."""
+        return super()._apply(lambda value: fn(value).to(value.dtype), exclude_state)
+
     def update(self, logits: Tensor, target: Tensor, loss: LossSum) -> None:
-        """Add a batch: logits [N, K], target [N] or [N, K], and the loss's sums over it."""
+        """Add a batch: logits [N, K], target [N] or [N, K], and the loss's exact sums over it."""
         self.samples += len(target)
-        self.loss_total += loss.total.double()
-        self.loss_mass += loss.mass.double()
+        self.loss_total += loss.total
+        self.loss_mass += loss.mass
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.ignore_index is not None and not target.is_floating_point():
             kept = target != self.ignore_index
@@ -101,18 +112,23 @@ class EvaluationMetric(Metric):
 
         if target.is_floating_point():
             target = target.argmax(-1)
-        k = min(5, self.num_classes)
-        self.top5 += (logits.topk(k, dim=-1).indices == target.unsqueeze(-1)).sum()
-        confidence, predicted = logits.softmax(-1).max(-1)  # [N, K] -> [N], [N]
-        pairs = target * self.num_classes + predicted  # [N]
-        self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(
-            self.confusion
-        )
+        confidence = logits.softmax(-1).amax(-1)  # [N, K] -> [N]
+        decided = ~confidence.isnan()
         # A confidence that is NaN belongs nowhere: it makes the first bin, and with it ece, NaN.
-        bins = (confidence.nan_to_num() * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-        right = (predicted == target).double()
-        per_row = torch.stack([torch.ones_like(right), confidence.double(), right])  # [3, N]
+        edges = torch.arange(1, CALIBRATION_BINS).to(confidence) / CALIBRATION_BINS
+        bins = torch.bucketize(confidence.nan_to_num(), edges)
+        predicted = logits.argmax(-1).where(decided, self.num_classes)
+        right = predicted == target
+        per_row = torch.stack([torch.ones_like(confidence), confidence, right]).double()  # [3, N]
         self.calibration.index_add_(1, bins, per_row)
+
+        own = logits.gather(-1, target.unsqueeze(-1))  # [N, 1]
+        lower = torch.arange(self.num_classes, device=logits.device) < target.unsqueeze(-1)
+        before = ((logits > own) | ((logits == own) & lower)).sum(-1)  # [N, K] -> [N]
+        self.top5 += (decided & (before < min(5, self.num_classes))).sum()
+        pairs = target * (self.num_classes + 1) + predicted  # [N]
+        pairs_seen = torch.bincount(pairs, minlength=self.confusion.numel())
+        self.confusion += pairs_seen.view_as(self.confusion)
 
     def compute(self) -> dict[str, Tensor]:
         """The summed states; torchmetrics has added the ranks' before this runs."""
@@ -123,27 +139,27 @@ class EvaluationMetric(Metric):
         sums: dict[str, Tensor] = self.compute()
         rows = max(int(sums["rows"]), 1)
         mass = float(sums["loss_mass"])
-        # torchmetrics squeezes what has one element, as the matrix of a single class does.
-        confusion = sums["confusion"].view(self.num_classes, self.num_classes)
+        counts = sums["confusion"]
+        confusion = counts[:, :-1]
         _, confidence, right = sums["calibration"]
         scalars = {
             "loss": float(sums["loss_total"]) / mass if mass > 0 else 0.0,
             "nll": float(sums["nll_total"]) / rows,
             "acc": int(confusion.trace()) / rows,
-            "balanced_acc": _balanced_accuracy(confusion),
+            "balanced_acc": _balanced_accuracy(confusion, counts.sum(1)),
             "acc_top5": int(sums["top5"]) / rows,
             "ece": float((right - confidence).abs().sum()) / rows,
         }
         return Evaluated(scalars, int(sums["samples"]), confusion, sums["calibration"])
 
 
-def _balanced_accuracy(confusion: Tensor) -> float:
-    """Mean recall of the classes that occur, from counts [K, K]; 0 without a row.
+def _balanced_accuracy(confusion: Tensor, rows: Tensor) -> float:
+    """Mean recall of the classes that occur, from counts [K, K] and rows [K]; 0 without a row.
 
-    >>> _balanced_accuracy(torch.tensor([[8, 2, 0], [1, 1, 0], [0, 0, 0]]))
+    >>> counts = torch.tensor([[8, 2, 0], [1, 1, 0], [0, 0, 0]])
+    >>> _balanced_accuracy(counts, counts.sum(1))
     0.65
     """
-    rows = confusion.sum(1)  # [K]
     occurs = rows > 0
     recalls = confusion.diagonal()[occurs].double() / rows[occurs].double()
     return float(recalls.mean()) if len(recalls) else 0.0

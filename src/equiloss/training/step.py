@@ -15,11 +15,11 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -63,6 +63,23 @@ class StepOutcome(NamedTuple):
     """Whether a rank was asked to stop; every rank knows it in the same step."""
 
 
+class _ReachingAll(torch.autograd.Function):
+    """A loss, whose backward pass also reaches the parameters that it does not depend on.
+
+    DistributedDataParallel waits for each parameter; one that is reached without a gradient
+    counts as 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *gradient, *[None] * ctx.parameters
+
+
 class MicroBatches:
     """Gives parameters the gradient of a global batch, in forward passes of so many rows.
 
@@ -101,8 +118,19 @@ class MicroBatches:
                     # The log and the guard need the global loss: it travels during backward.
                     sums = torch.stack([total, interruption.wish(total)])
                     travelling = collectives.start_sum(sums)
-                module.manual_backward(reduction.rank_loss(part.total, mass))
+                loss = reduction.rank_loss(part.total, mass)
+                if last and collectives.world_size() > 1:
+                    loss = _ReachingAll.apply(loss, *self._parameters)
+                module.manual_backward(loss)
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                # As on several ranks, where another's rows may depend on it.
+                parameter.grad = torch.zeros_like(parameter)
         return Accumulated(travelling, mass, joined(kept), batch.target)
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
 
     def _gradients_stay(self) -> contextlib.AbstractContextManager[None]:
         strategy = self.module.trainer.strategy

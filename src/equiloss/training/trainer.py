@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from equiloss.config import Config
+from equiloss.config.training import better
 from equiloss.distributed import membership
 from equiloss.training import progress_bar
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
@@ -116,7 +117,10 @@ def _configured_callbacks(config: Config, *, bar: bool) -> Iterator[Callback]:
     stop = config.early_stopping
     if stop.enabled:
         yield EarlyStopping(
-            stop.monitor, mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta
+            stop.monitor,
+            mode=better(stop.monitor),
+            patience=stop.patience,
+            min_delta=stop.min_delta,
         )
     if config.progress_bar:
         yield progress_bar.LiveProgress() if bar else progress_bar.EpochLines()
