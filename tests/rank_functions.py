@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from equiloss.config.resolved import ResolvedConfig
 from equiloss.distributed import collectives
+from equiloss.distributed.interruption import Interrupted
 from equiloss.losses import Criterion, reduction
+from equiloss.models.batch_norm import synchronise
 
 
 def rank() -> int:
@@ -205,3 +208,40 @@ def train_noisy(directory: Path) -> None:
     DEFAULTS["model"] = {"name": "custom", "target": "stand_ins:noisy"}
     exact = {"precision": "32-true", "reduction": "bitwise", "max_steps": 10}
     train(directory, {"trainer": exact})
+
+
+def run_until_out_of_time(config: ResolvedConfig, directory: Path) -> None:
+    """A run that is interrupted after a step."""
+    (directory / "results.json").unlink(missing_ok=True)  # a claim of the directory would do it
+    with pytest.raises(Interrupted, match="max_time"):
+        run_in_rank(config, directory)
+
+
+def batch_norm_passes(counts: list[int]) -> list[dict[str, Tensor]]:
+    """Two training passes and an evaluation of a layer, with the gradients of the second."""
+    cases: list[tuple[nn.Module, tuple[int, ...]]] = [
+        (nn.BatchNorm1d(5, dtype=torch.float64), (5,)),
+        (nn.BatchNorm2d(5, momentum=None, dtype=torch.float64), (5, 3, 2)),
+        (nn.BatchNorm2d(5, affine=False, dtype=torch.float64), (5, 3, 2)),
+    ]
+    found = []
+    for layer, shape in cases:
+        synchronise(layer)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            layer.zero_grad()
+            everything = torch.randn(sum(counts), *shape, generator=generator, dtype=torch.float64)
+            images = (7 + 3 * everything)[_slice(counts)].requires_grad_()
+            output = layer(images)
+            output.pow(3).sum().backward()
+        assert images.grad is not None
+        found.append(
+            {
+                "output": output.detach(),
+                "gradient": images.grad,
+                **{f"parameter {name}": p.grad for name, p in layer.named_parameters()},
+                **dict(layer.named_buffers()),
+                "evaluated": layer.eval()(images).detach(),
+            }
+        )
+    return found

@@ -303,3 +303,25 @@ class Routed(nn.Module):
 
 def routed(num_classes: int, in_channels: int) -> nn.Module:
     return Routed(num_classes)
+
+
+class Learning(nn.Module):
+    """Batch norm, and a mean of its rank's features that evaluation subtracts."""
+
+    mean: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(64, 16), nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, num_classes)
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.linear(images.flatten(1))
+        if self.training and len(features):
+            self.mean.lerp_(features.detach().mean(0), 0.1)
+        return self.head(self.norm(features) - self.mean * (not self.training))
+
+
+def learning(num_classes: int, in_channels: int) -> nn.Module:
+    return Learning(num_classes)

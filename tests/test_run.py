@@ -14,6 +14,7 @@ import torch
 from equiloss.config import SPLIT_METRICS
 from equiloss.errors import (
     CheckpointError,
+    ConfigError,
     DataError,
     LossError,
     ModelError,
@@ -23,7 +24,7 @@ from equiloss.losses import Criterion
 from equiloss.records.results import TRAIN_METRICS, Result, metric_names, read_metrics
 from equiloss.records.writing import FileError
 from equiloss.run import run
-from support import Run, Train, composed, final_weights, slow
+from support import Run, composed, final_weights, slow
 
 FORMULATIONS = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -278,32 +279,21 @@ def test_weights_of_the_wrong_length_are_refused(tmp_path: Path) -> None:
         run(composed("loss.weight=[1,2]"), tmp_path)
 
 
-def test_batch_norm_is_warned_about_where_it_depends_on_the_split(
+def test_what_a_network_does_is_noted_and_said_where_it_matters(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = composed(
-        "model=torchvision",
-        "data=synthetic",
-        "data.options={num_samples: 100, size: 32}",
-        "trainer.max_steps=1",
-        "trainer.micro_batch_size=20",
+    options = (
+        *("model=custom", "model.target=stand_ins:batch_norm", "trainer.max_steps=1"),
         "callbacks=quiet",
     )
-    run(config, tmp_path)
-    assert "normalises over the batch" in caplog.text
-
-
-def test_batch_norm_is_warned_about_on_cpu_ranks(train: Train, tmp_path: Path) -> None:
-    done = train(
-        "model=custom",
-        "model.target=stand_ins:batch_norm",
-        "trainer=ddp_cpu",
-        "trainer.max_steps=1",
-        "callbacks=quiet",
-        f"hydra.run.dir={tmp_path}/run",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "SyncBatchNorm exists for GPUs only" in done.stderr
+    result = run(composed(*options), tmp_path / "whole")
+    assert [each["effect"] for each in result.network] == ["neighbours", "learns"]
+    assert "results depend on" not in caplog.text
+    split = (*options, "trainer.micro_batch_size=20")
+    run(composed(*split), tmp_path / "split")
+    assert "0 (BatchNorm2d) makes a sample's logits depend on the samples beside it" in caplog.text
+    with pytest.raises(ConfigError, match=r"^parity\.policy=raise refuses model=custom: 0 \(Batch"):
+        run(composed(*split, "parity=strict"), tmp_path / "strict")
 
 
 @pytest.mark.parametrize(
@@ -343,24 +333,6 @@ def test_batch_norm_is_synchronised_on_several_gpus(
     with pytest.raises(AskedError) as asked:
         run(config, tmp_path)
     assert asked.value.args == (synchronised,)
-
-
-@pytest.mark.parametrize(("name", "warned"), [("efficientnet_b0", True), ("squeezenet1_1", False)])
-def test_layers_that_draw_by_batch_are_warned_about(
-    name: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Both have dropout, which draws by sample; one has stochastic depth, which does not."""
-    config = composed(
-        "model=torchvision",
-        f"model.name={name}",
-        "data=synthetic",
-        "data.options={num_samples: 60, size: 32}",
-        "trainer.max_steps=1",
-        "trainer.micro_batch_size=20",
-        "callbacks=quiet",
-    )
-    run(config, tmp_path)
-    assert ("draws random numbers by batch (StochasticDepth)" in caplog.text) == warned
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from equiloss.models.build import build_network, expose_head, lay_out
 from equiloss.models.dropout import RowKeys
 from equiloss.parity.monitor import ParityMonitor
 from equiloss.preflight import configuration, network
+from equiloss.preflight.behaviour import Found, look
 from equiloss.records import results, run_dir
 from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.results import Result, metric_names
@@ -89,6 +90,8 @@ class Parts:
     metrics_csv: MetricsCsv
     board: RunTensorBoard | None
     trainer: Trainer
+    found: list[Found]
+    """What the network was seen to do before the first step."""
     continued: int | None
     """Optimizer steps that an interrupted fit had taken when it was last saved, if it was."""
 
@@ -106,8 +109,16 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     splits = datasets.load(config.data)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
     configuration.check_loss(config, criterion, splits.num_classes)
+    data = ImageDataModule(
+        splits,
+        config.data,
+        seed=config.seed,
+        ignore_index=criterion.ignore_index,
+        channels_last=config.model.channels_last,
+        shards=config.trainer.shards if config.trainer.reduction == "bitwise" else None,
+    )
     row_keys = RowKeys(config.seed)
-    model = _network(config, criterion, splits, row_keys)
+    model, found = _network(config, criterion, data, row_keys)
     total_steps = optim.total_steps(
         config.trainer, train_samples=len(splits.train), batch_size=config.data.batch_size
     )
@@ -122,14 +133,6 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
         split_sizes={split: len(getattr(splits, split)) for split in ("train", "val", "test")},
         total_steps=total_steps,
         fingerprint=splits.fingerprint() if config.task == "fit" else None,
-    )
-    data = ImageDataModule(
-        splits,
-        config.data,
-        seed=config.seed,
-        ignore_index=criterion.ignore_index,
-        channels_last=config.model.channels_last,
-        shards=config.trainer.shards if config.trainer.reduction == "bitwise" else None,
     )
     monitor = _parity_monitor(config, criterion, splits, total_steps)
     metrics_csv = MetricsCsv(directory, metric_names(config.parity.formulations))
@@ -147,16 +150,16 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
             directory,
             [*callbacks, *filter(None, own)],
             [metrics_csv, *([board] if board else [])],
-            batch_statistics=network.has_batch_statistics(model),
+            model=model,
         )
     except Exception as error:  # Lightning checks its arguments in many ways
         raise configuration.refusal(config.trainer, error) from error
-    network.warn(config, trainer, model)
+    network.judge(config, found, trainer.world_size)
     if config.task != "fit":
         checkpoint.load_weights(classifier, Path(str(config.ckpt_path)))
     return Parts(
         *(resolved, directory, splits, classifier, data, monitor),
-        *(checkpoints, metrics_csv, board, trainer, continued),
+        *(checkpoints, metrics_csv, board, trainer, found, continued),
     )
 
 
@@ -215,6 +218,7 @@ def _result(parts: Parts, metrics: Mapping[str, float], started: float) -> Resul
         },
         world_size=collectives.world_size(),
         segments=progress.segments,
+        network=[each._asdict() for each in parts.found],
         notes=progress.notes,
         timing={
             "startup_s": 0.0 if began is None else began - started,
@@ -252,18 +256,20 @@ def _loggers(parts: Parts) -> Iterator[dict[str, float]]:
         yield final
 
 
-def _network(config: Config, criterion: Criterion, splits: Splits, row_keys: RowKeys) -> nn.Module:
+def _network(
+    config: Config, criterion: Criterion, data: ImageDataModule, row_keys: RowKeys
+) -> tuple[nn.Module, list[Found]]:
+    """The network, and what it was seen to do."""
+    num_classes, image_shape = data.splits.num_classes, data.splits.image_shape
     model = build_network(
-        config.model,
-        num_classes=splits.num_classes,
-        image_shape=splits.image_shape,
-        row_keys=row_keys,
+        config.model, num_classes=num_classes, image_shape=image_shape, row_keys=row_keys
     )
-    network.check(config, model, splits.num_classes, splits.image_shape)
+    network.check_head(config.model.name, model, num_classes, image_shape)
+    found = look(model, data.example_images, row_keys) if config.task == "fit" else []
     model = lay_out(config.model, model)
     if criterion.signature.wants_features:
-        expose_head(config.model.name, model, splits.num_classes, compiled=config.model.compile)
-    return model
+        expose_head(config.model.name, model, num_classes, compiled=config.model.compile)
+    return model, found
 
 
 def _parity_monitor(

@@ -7,8 +7,10 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch.distributed import TCPStore
 
 from equiloss.distributed import interruption, joining
 from equiloss.distributed.interruption import Interrupted
@@ -25,9 +27,9 @@ def _address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joining, "PATIENCE_SECONDS", 0.1)
 
 
-def meet(rank: int, seconds: float = 0.3) -> None:
+def meet(rank: int, seconds: float = 0.3) -> TCPStore:
     way_out = "without them, unset SOMETHING"
-    joining.meet(rank, 3, launcher="srun", way_out=way_out, seconds=seconds)
+    return joining.meet(rank, 3, launcher="srun", way_out=way_out, seconds=seconds)
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, "1, 2"), (1, "0")])
@@ -43,16 +45,13 @@ def test_who_does_not_come_is_named(
 
 
 def test_ranks_that_come_late_are_waited_for() -> None:
-    first = threading.Thread(target=meet, args=(0, 20))
-    second = threading.Thread(target=meet, args=(1, 20))
-    second.start()
-    time.sleep(0.2)
-    first.start()
-    meet(2, 20)
-    first.join(10)
-    second.join(10)
-    assert not first.is_alive()
-    assert not second.is_alive()
+    # The first rank's store answers the others until their group is there.
+    with ThreadPoolExecutor() as ranks:
+        second = ranks.submit(meet, 1, 20)
+        time.sleep(0.2)
+        first = ranks.submit(meet, 0, 20)
+        stores = [meet(2, 20), first.result(10), second.result(10)]
+    assert [store.check(["equiloss/2"]) for store in stores] == [True] * 3
 
 
 def test_who_waits_hears_a_signal() -> None:

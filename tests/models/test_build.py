@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from equiloss.config import ModelConfig
 from equiloss.errors import ConfigError, ModelError
+from equiloss.models import batch_norm
 from equiloss.models.build import build_network, lay_out
 from equiloss.models.dropout import RowKeys
 from equiloss.models.networks import ConvNet
-from equiloss.preflight.network import check_head, has_batch_statistics
+from equiloss.preflight.network import check_head
 
 OWN = ("convnet", "mlp")
 
@@ -50,7 +51,6 @@ class TestOwnNetworks:
             rtol=1e-12,
             atol=1e-13,
         )
-        assert not has_batch_statistics(model)
 
     @pytest.mark.parametrize("name", OWN)
     def test_no_rows_go_forward_and_backward(self, name):
@@ -75,7 +75,7 @@ class TestOwnNetworks:
 
 class TestTorchvision:
     @pytest.mark.parametrize(
-        ("name", "batch_statistics"),
+        ("name", "normalises"),
         [
             ("resnet18", True),
             ("mobilenet_v3_small", True),
@@ -83,14 +83,14 @@ class TestTorchvision:
             ("googlenet", True),
         ],
     )
-    def test_classifiers_take_grey_images_and_any_number_of_classes(self, name, batch_statistics):
+    def test_classifiers_take_grey_images_and_any_number_of_classes(self, name, normalises):
         shape = (1, 32, 32)
         with warnings.catch_warnings():
             # googlenet announces how it will draw its weights in a later release
             warnings.simplefilter("ignore", FutureWarning)
             model = made(name, shape, classes=7)
         assert model(images(2, shape)).shape == (2, 7)
-        assert has_batch_statistics(model) is batch_statistics
+        assert batch_norm.is_in(model) is normalises
 
     def test_colour_images_keep_the_stem(self):
         torch.manual_seed(0)
@@ -108,24 +108,6 @@ class TestTorchvision:
         assert message.startswith("model 'alexnet' cannot process 1x8x8 images: ")
         assert "data.image_size=" in message
         assert "\n" not in message
-
-
-class TestBatchStatistics:
-    @pytest.mark.parametrize(
-        ("layer", "expected"),
-        [
-            (nn.BatchNorm1d(4), True),
-            (nn.BatchNorm2d(4), True),
-            (nn.SyncBatchNorm(4), True),
-            (nn.GroupNorm(2, 4), False),
-            (nn.LayerNorm(4), False),
-            (nn.InstanceNorm2d(4), False),
-            (nn.Dropout(), False),
-        ],
-        ids=lambda value: type(value).__name__,
-    )
-    def test_they_are_found_wherever_they_are(self, layer, expected):
-        assert has_batch_statistics(nn.Sequential(nn.Identity(), nn.Sequential(layer))) is expected
 
 
 class TestCustom:

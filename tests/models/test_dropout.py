@@ -6,10 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from equiloss.config import ModelConfig
-from equiloss.models.build import build_network
 from equiloss.models.dropout import KeyedDropout, RowKeys, key_dropout
-from equiloss.preflight.network import draws_by_batch
 
 each_p = pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 
@@ -100,26 +97,3 @@ def test_layers_of_a_network_are_replaced_and_differ() -> None:
     key_dropout(model, row_keys)
     layers = [module for module in model.modules() if isinstance(module, KeyedDropout)]
     assert [(layer.p, layer.layer) for layer in layers] == [(0.2, 0), (0.3, 1)]
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "left"),
-    [
-        ("convnet", {"dropout": 0.1}, []),
-        ("mlp", {"dropout": 0.1}, []),
-        ("vgg11", {}, []),
-        ("efficientnet_b0", {}, ["StochasticDepth"]),
-        ("vit_b_16", {}, []),
-        ("vit_b_16", {"attention_dropout": 0.1}, ["MultiheadAttention"]),
-    ],
-)
-def test_what_still_draws_by_batch_is_known(name: str, options: dict, left: list[str]) -> None:
-    size = 8 if name in ("convnet", "mlp") else 224
-    model = build_network(
-        ModelConfig(name=name, options=options),
-        num_classes=3,
-        image_shape=(3, size, size),
-        row_keys=RowKeys(0),
-    )
-    assert draws_by_batch(model) == left
-    assert any(isinstance(module, KeyedDropout) for module in model.modules())

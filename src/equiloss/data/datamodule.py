@@ -14,7 +14,7 @@ from equiloss.config import DataConfig
 from equiloss.data import mixing, position
 from equiloss.data.augment import TransformedSource, augment, build_transform
 from equiloss.data.loader import SplitLoader
-from equiloss.data.sampler import GlobalBatchSampler
+from equiloss.data.sampler import GlobalBatchSampler, Slice
 from equiloss.data.sources import ArraySource, Batch, Source
 from equiloss.data.splits import SPLITS, Splits
 from equiloss.errors import UserError
@@ -69,6 +69,13 @@ class ImageDataModule(lightning.LightningDataModule):
             self._train_source = TransformedSource(splits.train, transform, seed)
         self._statistics: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._resume_at: tuple[int, int] | None = None
+
+    def example_images(self, rows: int) -> Tensor:
+        """Some normalised training images [rows, C, H, W] float32, without augmentation."""
+        indices = torch.arange(rows) % len(self._train_source)
+        images = self._train_source.read(Slice(epoch=0, indices=indices))
+        mean, std = self._pixel_statistics(images.device, torch.float32)
+        return images.float().sub_(mean).div_(std)
 
     def train_dataloader(self) -> SplitLoader:
         """Batches of the training split in the epoch's order, from where the run stopped."""

@@ -5,6 +5,7 @@ Every rank must call them in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,13 @@ def max_over_ranks(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
+
+
+def share_of_first(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the first rank's values, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def gather_rows(rows: Tensor) -> Tensor:

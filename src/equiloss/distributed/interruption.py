@@ -69,6 +69,8 @@ class _State:
     """What this process was asked; signals belong to a process, not to a run in it."""
 
     asked: Interrupted | None = None
+    raised = False
+    """Whether it was raised where the signal came, in anybody's code."""
     waits = False
     """Whether a signal is only noted."""
     replaced: dict[int, Any] = {}  # noqa: RUF012  # one process has one
@@ -122,7 +124,7 @@ def listening() -> Iterator[None]:
     if _State.replaced or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.asked = None
+    _State.asked, _State.raised = None, False
     _take()
     try:
         yield
@@ -135,6 +137,20 @@ def listening() -> Iterator[None]:
         raise
     finally:
         _give_back()
+
+
+@contextmanager
+def prevailing() -> Iterator[None]:
+    """Have an interruption prevail over the errors that it caused on its way out.
+
+    Code that it met in the middle may fail as it cleans up.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _State.raised and _State.asked is not None:
+            raise _State.asked from error
+        raise
 
 
 @contextmanager
@@ -222,4 +238,5 @@ def _handle(number: int, _frame: FrameType | None) -> None:
         _leave(_State.asked.code)
     _State.asked = Interrupted(signal.Signals(number).name, 128 + number)
     if not _State.waits:
+        _State.raised = True
         raise _State.asked

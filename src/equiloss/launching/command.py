@@ -59,7 +59,8 @@ def main(application: Callable[[], Any]) -> None:
 def _ending_for_sure() -> Iterator[None]:
     """From an interruption on, have a second signal change no exit code."""
     try:
-        yield
+        with interruption.prevailing():
+            yield
     except Interrupted as interrupted:
         interruption.end_with(interrupted.code)
         raise

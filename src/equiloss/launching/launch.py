@@ -67,9 +67,10 @@ def launch(composed: DictConfig, run: str) -> float:
 
 def _launch(composed: DictConfig, run_dir: Path, job: _Job) -> float:
     try:
-        resolved = resolve(composed)
-        membership.join(resolved.config.trainer)
-        return _do(resolved, run_dir, job)
+        with interruption.prevailing():
+            resolved = resolve(composed)
+            membership.join(resolved.config.trainer)
+            return _do(resolved, run_dir, job)
     except Interrupted as interrupted:
         with suppress(FileError):  # which would let the sweep go on
             job.note("interrupted", error=str(interrupted))
@@ -160,7 +161,8 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     """Run, and record how it ended where it did not complete."""
     before = _version(run_dir / RESULTS)
     try:
-        _run(resolved, run_dir, run)
+        with interruption.prevailing():
+            _run(resolved, run_dir, run)
     except Interrupted as interrupted:
         result = _result_so_far(resolved, run_dir, before)
         if membership.external() is not None and result.status == "failed":

@@ -1,35 +1,39 @@
-"""What a network does, looked at before the first step."""
+"""Whether a network fits the data, and what its behaviour means for how the work is split."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from equiloss.config import Config
 from equiloss.errors import ConfigError, ModelError, first_line
-from equiloss.models.dropout import KeyedDropout
+from equiloss.preflight.behaviour import Effect, Found
 
 log = logging.getLogger(__name__)
 
-
-def check(
-    config: Config, model: nn.Module, num_classes: int, image_shape: tuple[int, int, int]
-) -> None:
-    """Refuse a network that does not fit the data, or whose bits would depend on the devices.
-
-    Raises:
-        ModelError: as `check_head` does.
-        ConfigError: for batch statistics with trainer.reduction=bitwise.
-    """
-    check_head(config.model.name, model, num_classes, image_shape)
-    if has_batch_statistics(model) and config.trainer.reduction == "bitwise":
-        raise ConfigError(
-            f"trainer.reduction=bitwise: model {config.model.name!r} normalises over the batch, "
-            "and a shard would have statistics of its own; use group or layer normalisation"
-        )
+DEVICES, MICRO_BATCHES = "trainer.devices", "trainer.micro_batch_size"
+TRAINING = (DEVICES, MICRO_BATCHES)
+# What an effect does, and on which keys the results then depend.
+MEANINGS = {
+    Effect.DRAWS: (
+        "draws random numbers by batch (torch.nn.Dropout draws by sample here)",
+        TRAINING,
+    ),
+    Effect.NEIGHBOURS: ("makes a sample's logits depend on the samples beside it", TRAINING),
+    Effect.LEARNS: (
+        "learns buffers from the samples of a forward pass, and the first rank's are kept",
+        TRAINING,
+    ),
+    Effect.COUNTS: ("changes buffers in each forward pass", (MICRO_BATCHES,)),
+    Effect.REMEMBERS: ("gives other logits for the same samples the second time", TRAINING),
+    Effect.EVALUATION: (
+        "evaluates a sample differently from pass to pass, or beside other samples",
+        (DEVICES, "data.eval_batch_size"),
+    ),
+}
 
 
 def check_head(
@@ -67,46 +71,33 @@ def check_head(
         )
 
 
-def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether a row's logits depend on the other rows of its batch while training."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+def judge(config: Config, found: Sequence[Found], world_size: int) -> None:
+    """Say where results depend on how the work is split, or refuse it where they may not.
 
+    Args:
+        config: The run's configuration.
+        found: What was seen of the network.
+        world_size: Ranks of the run.
 
-def draws_by_batch(model: nn.Module) -> list[str]:
-    """Types of layers in a network whose random numbers depend on how its batch is split."""
-    return sorted({type(m).__name__ for m in model.modules() if _draws_by_batch(m)})
-
-
-def _draws_by_batch(module: nn.Module) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return bool(module.dropout > 0)
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0 and not isinstance(module, KeyedDropout)
-    # torchvision's, known by name: its import takes a second.
-    return type(module).__name__ == "StochasticDepth"
-
-
-def warn(config: Config, trainer: Trainer, model: nn.Module) -> None:
-    """Say where results depend on how the work is split."""
-    name, micro_batches = config.model.name, config.trainer.micro_batch_size is not None
-    if has_batch_statistics(model):
-        if trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
-            log.warning(
-                "model %r normalises over the batch: each rank uses the statistics of its own "
-                "slice (SyncBatchNorm exists for GPUs only), so results depend on trainer.devices",
-                name,
-            )
-        if micro_batches:
-            log.warning(
-                "model %r normalises over the batch: trainer.micro_batch_size changes its "
-                "statistics, and with them the result",
-                name,
-            )
-    layers = draws_by_batch(model)
-    if layers and (trainer.world_size > 1 or micro_batches):
-        log.warning(
-            "model %r draws random numbers by batch (%s): results depend on trainer.devices and "
-            "trainer.micro_batch_size (torch.nn.Dropout draws by sample here, and does not)",
-            name,
-            ", ".join(layers),
-        )
+    Raises:
+        ConfigError: for the first line that there is, with trainer.reduction=bitwise (a shard is
+            a pass of its own there, on one device too) and with parity.policy=raise.
+    """
+    bitwise = config.trainer.reduction == "bitwise"
+    size = config.trainer.micro_batch_size
+    split = {DEVICES} if world_size > 1 or bitwise else set()
+    if bitwise or (size is not None and size < config.data.batch_size):
+        split.add(MICRO_BATCHES)
+    by_neighbours = any(each.effect == Effect.NEIGHBOURS for each in found)
+    for effect, module, batch_norm in found:
+        sentence, keys = MEANINGS[effect]
+        mended = {DEVICES} if batch_norm else set()  # it goes over all ranks
+        said = batch_norm and by_neighbours and effect == Effect.LEARNS
+        seeded = bitwise and effect == Effect.DRAWS  # for each shard
+        if said or seeded or not (split - mended).intersection(keys):
+            continue
+        line = f"{config.model.name}: {module} {sentence}: results depend on {' and '.join(keys)}"
+        if bitwise or config.parity.policy == "raise":
+            rule = "trainer.reduction=bitwise" if bitwise else "parity.policy=raise"
+            raise ConfigError(f"{rule} refuses model={line}")
+        log.warning("model=%s", line)

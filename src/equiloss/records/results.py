@@ -84,6 +84,9 @@ class Result:
     """startup_s, train_s (without evaluation), samples_per_s."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, device, cpu, threads, git commit."""
+    network: list[dict[str, Any]] = field(default_factory=list)
+    """What the network was seen to do that may depend on how the work is split: `effect`, and the
+    `module` that does it (see `equiloss.preflight.behaviour`)."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the metrics must know, such as that the best weights were lost."""
     error: str | None = None

@@ -170,7 +170,8 @@ class Classifier(LightningModule):
         self.step.guard(optimizer)
 
     def on_validation_start(self) -> None:
-        """Stop the clock."""
+        """Stop the clock, and evaluate the buffers that a checkpoint has: the first rank's."""
+        collectives.share_of_first(self.model.buffers())
         if self.trainer.state.fn == "fit":
             self.clock.lap(self.progress.counts)
 
@@ -178,6 +179,10 @@ class Classifier(LightningModule):
         """Start the clock again."""
         if self.trainer.state.fn == "fit":
             self.clock.start(self.progress.counts)
+
+    def on_test_start(self) -> None:
+        """Evaluate the buffers that a checkpoint has: the first rank's."""
+        collectives.share_of_first(self.model.buffers())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Evaluate this rank's slice of an evaluation batch."""

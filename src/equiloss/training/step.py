@@ -96,9 +96,7 @@ class MicroBatches:
         """Forward and backward for this rank's slice; every rank must call it."""
         module, criterion = self.module, self.module.criterion
         pending = collectives.start_sum(criterion.mass(batch.target, module.loss_dtype))
-        size = self.size or max(len(batch.target), 1)
-        fields = (batch.images, batch.target, batch.index)
-        parts = list(zip(*(torch.split(field, size) for field in fields), strict=True))
+        parts = self._parts(batch)
         total = torch.zeros((), dtype=module.loss_dtype, device=batch.target.device)
         kept = []
         for number, (images, target, index) in enumerate(parts, start=1):
@@ -127,6 +125,15 @@ class MicroBatches:
                 # As on several ranks, where another's rows may depend on it.
                 parameter.grad = torch.zeros_like(parameter)
         return Accumulated(travelling, mass, joined(kept), batch.target)
+
+    def _parts(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Images, targets and positions of each micro-batch, as many as on every rank."""
+        rows, world_size = len(batch.target), collectives.world_size()
+        size = self.size or max(rows, 1)
+        # A network may talk to other ranks in its passes, as synchronised batch norm does.
+        longest = max(rows, math.ceil(batch.rows / world_size)) if self.size else rows
+        cuts = [slice(first, first + size) for first in range(0, max(longest, 1), size)]
+        return [(batch.images[cut], batch.target[cut], batch.index[cut]) for cut in cuts]
 
     @property
     def _parameters(self) -> list[nn.Parameter]:

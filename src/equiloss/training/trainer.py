@@ -15,10 +15,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
 
 from equiloss.config import Config
 from equiloss.config.training import better
 from equiloss.distributed import membership
+from equiloss.models import batch_norm
 from equiloss.training import progress_bar
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
 from equiloss.training.time_limit import TimeLimit
@@ -48,7 +50,7 @@ def make_trainer(
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
     *,
-    batch_statistics: bool,
+    model: nn.Module,
 ) -> Trainer:
     """Build Lightning's Trainer.
 
@@ -57,7 +59,7 @@ def make_trainer(
         run_dir: Where everything goes.
         callbacks: The run's own; what the configuration asks for comes after them.
         loggers: Get every scalar.
-        batch_statistics: Whether the network normalises over its batch.
+        model: The network; its batch normalisation is made to go over all ranks.
     """
     options, group = config.trainer, membership.external()
     world_size = membership.ranks_asked_for(options) if group is None else group.world_size
@@ -73,8 +75,8 @@ def make_trainer(
         max_epochs=-1 if options.max_epochs is None else options.max_epochs,
         max_steps=-1 if options.max_steps is None else options.max_steps,
         deterministic=options.deterministic,
-        # SyncBatchNorm exists for GPUs only; on CPU ranks a warning says what follows.
-        sync_batchnorm=world_size > 1 and on_gpu and batch_statistics,
+        # torch's exists for GPUs only.
+        sync_batchnorm=world_size > 1 and on_gpu and batch_norm.is_in(model),
         log_every_n_steps=options.log_every_n_steps,
         logger=list(loggers),
         callbacks=[*callbacks, *_configured_callbacks(config, bar=bar)],
@@ -88,6 +90,8 @@ def make_trainer(
         **options.arguments,
     )
     _leave_signals_alone(trainer)
+    if trainer.strategy.root_device.type == "cpu":
+        batch_norm.synchronise(model)
     return trainer
 
 

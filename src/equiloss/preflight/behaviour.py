@@ -1,0 +1,259 @@
+"""What a network's numbers depend on besides a sample and the weights, found by watching it.
+
+A few rows of the real data pass through a copy of the network in float64, so that rounding cannot
+be taken for an effect. What is looked at is what a forward pass does, never what a layer is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from equiloss import randomness
+from equiloss.models.dropout import RowKeys
+
+CPU = torch.device("cpu")
+ROWS = 3
+
+
+class Effect(StrEnum):
+    """What a network may do that makes its numbers depend on how the work is split."""
+
+    DRAWS = "draws"
+    """A training pass advances a random generator: the masks of `nn.Dropout` do not, here."""
+    NEIGHBOURS = "neighbours"
+    """A row's logits in training depend on the rows beside it."""
+    LEARNS = "learns"
+    """A training pass changes buffers, by the rows that it is given."""
+    COUNTS = "counts"
+    """A training pass changes buffers, whatever rows it is given."""
+    REMEMBERS = "remembers"
+    """The same training pass gives other logits the second time."""
+    EVALUATION = "evaluation"
+    """A row's logits in evaluation are others the second time, or beside other rows."""
+
+
+class Found(NamedTuple):
+    """One effect, and where it was seen."""
+
+    effect: Effect
+    module: str
+    """Path and type of the innermost module that shows it."""
+    batch_norm: bool = False
+    """Whether batch normalisation is all that shows it."""
+
+
+def look(
+    model: nn.Module, example_images: Callable[[int], Tensor], row_keys: RowKeys
+) -> list[Found]:
+    """Watch a network with some images; it is left as it was, and generators too.
+
+    Images that cannot be read, and a network that they cannot pass, are left to the run to tell.
+
+    Args:
+        model: Images [n, C, H, W] -> logits [n, K].
+        example_images: Gives so many images.
+        row_keys: Keys from which the network's dropout layers draw their masks.
+
+    >>> network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4))
+    >>> found = look(network, lambda rows: torch.randn(rows, 1, 2, 2), RowKeys(0))
+    >>> [(each.effect.value, each.module) for each in found]
+    [('neighbours', '1 (BatchNorm1d)'), ('learns', '1 (BatchNorm1d)')]
+    """
+    generators = randomness.state(CPU)
+    try:
+        # A network of one's own may make tensors of float32: then it is watched as it is.
+        for dtype in (torch.float64, None):
+            with suppress(Exception), torch.no_grad():
+                watched = _copied(model, row_keys, dtype)
+                own = next((p.dtype for p in watched.parameters()), torch.float32)
+                images = example_images(ROWS).to(own)
+                return list(_Watch(watched, images, row_keys).effects())
+    finally:
+        randomness.restore(generators, CPU)
+    return []
+
+
+def _copied(model: nn.Module, row_keys: RowKeys, dtype: torch.dtype | None) -> nn.Module:
+    # Keys are bound to the object that the run has.
+    watched = copy.deepcopy(model, {id(row_keys): row_keys})
+    return watched if dtype is None else watched.to(dtype)
+
+
+class _Seen(NamedTuple):
+    """A tensor on its way through a network: the first row that a module is given, or gives."""
+
+    module: str
+    row: Tensor | None
+    drew: bool
+    """Whether a generator has moved since the pass began."""
+
+
+class _Pass(NamedTuple):
+    """A forward pass."""
+
+    logits: Tensor
+    seen: list[_Seen]
+
+
+class _Watch:
+    """Passes rows through a network that may be changed."""
+
+    def __init__(self, model: nn.Module, images: Tensor, row_keys: RowKeys) -> None:
+        self.model = model
+        self.images = images
+        # The first row stays; an affine change of the others changes what is taken of a batch.
+        self.beside_others = torch.cat([images[:1], 1.5 * images[1:] + 0.5])
+        self.row_keys = row_keys
+        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self.generators = randomness.state(CPU)
+
+    def effects(self) -> Iterator[Found]:
+        """Every effect, in the order of `Effect`."""
+        first = self._train(self.images)
+        changed = self._changed()
+        others = self._train(self.beside_others)
+        learned = {name for name in changed if not _same(changed[name], self._buffer(name))}
+        drew = first.seen[-1].drew
+        if drew:
+            yield Found(Effect.DRAWS, next(each.module for each in first.seen if each.drew))
+        yield from self._of_training(first, others, drew=drew)
+        for effect, names in (
+            (Effect.LEARNS, [name for name in changed if name in learned]),
+            (Effect.COUNTS, [name for name in changed if name not in learned]),
+        ):
+            owners = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in names}
+            # What batch normalisation counts goes with what it learns.
+            plain = [name for name in names if not isinstance(owners[name], _BatchNorm)]
+            if plain or (names and effect == Effect.LEARNS):
+                name = (plain or names)[0]
+                yield Found(effect, _named(name.rpartition(".")[0], owners[name]), not plain)
+        first, others = self._evaluate(self.images), self._evaluate(self.beside_others)
+        if not _same(first.logits[0], others.logits[0]):
+            yield Found(Effect.EVALUATION, _parting(first, others))
+
+    def _of_training(self, first: _Pass, others: _Pass, *, drew: bool) -> Iterator[Found]:
+        if not _same(first.logits[0], others.logits[0]):
+            again = self._train(self.images)
+            if not _same(first.logits, again.logits):
+                yield Found(Effect.REMEMBERS, _parting(first, again))
+                return
+            with _evaluating(self.model, _BatchNorm):
+                plain = [self._train(rows) for rows in (self.images, self.beside_others)]
+            batch_norm = _same(plain[0].logits[0], plain[1].logits[0])
+            yield Found(Effect.NEIGHBOURS, _parting(first, others), batch_norm)
+        elif not drew:  # another number of rows draws other numbers
+            part = self._train(self.images[:-1])
+            if not _same(first.logits[:-1], part.logits):
+                yield Found(Effect.NEIGHBOURS, _parting(first, part))
+
+    def _train(self, images: Tensor) -> _Pass:
+        """A training pass from the same state of buffers and generators."""
+        randomness.restore(self.generators, CPU)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(self.buffers[name])
+        self.model.train()
+        with self.row_keys.bound_to(torch.arange(len(images)), epoch=0):
+            return self._traced(images)
+
+    def _evaluate(self, images: Tensor) -> _Pass:
+        self.model.eval()
+        return self._traced(images)
+
+    def _changed(self) -> dict[str, Tensor]:
+        """Buffers that the last pass has changed."""
+        return {
+            name: buffer.clone()
+            for name, buffer in self.model.named_buffers()
+            if not torch.equal(buffer, self.buffers[name])
+        }
+
+    def _buffer(self, name: str) -> Tensor:
+        return self.model.get_buffer(name)
+
+    def _traced(self, images: Tensor) -> _Pass:
+        """A pass, and what goes into and comes out of each module, in the order of time."""
+        seen: list[_Seen] = []
+        inside: list[str] = []
+        began = _generators()
+
+        def note(module: str, value: Any) -> None:
+            value = value[0] if isinstance(value, tuple) and value else value
+            row = value[0].clone() if isinstance(value, Tensor) and len(value) else None
+            seen.append(_Seen(module, row, _generators() != began))
+
+        def enter(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+            # What has changed on the way to here has changed in the module around.
+            note(inside[-1] if inside else name, inputs)
+            inside.append(name)
+
+        def leave(name: str, _: nn.Module, _inputs: Any, output: Any) -> None:
+            inside.pop()
+            note(name, output)
+
+        hooks = []
+        for path, module in self.model.named_modules():
+            name = _named(path, module)
+            hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+            hooks.append(module.register_forward_hook(partial(leave, name)))
+        try:
+            logits: Tensor = self.model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return _Pass(logits.clone(), seen)
+
+
+def _parting(one: _Pass, other: _Pass) -> str:
+    """The innermost module in which the first row's way parts in two passes."""
+    pairs = zip(one.seen, other.seen, strict=False)
+    return next(a.module for a, b in pairs if not _same(a.row, b.row))
+
+
+def _generators() -> tuple[Any, ...]:
+    """The state of the generators of this process, as it is fast to compare."""
+    numpy = np.random.get_state(legacy=False)["state"]
+    torch_state = torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), numpy["key"].tobytes(), numpy["pos"], torch_state
+
+
+def _named(path: str, module: nn.Module) -> str:
+    return f"{path or 'the network itself'} ({type(module).__name__})"
+
+
+@contextmanager
+def _evaluating(model: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
+    """Have modules of one kind behave as in evaluation, also while the network trains."""
+    chosen = [module for module in model.modules() if isinstance(module, kind)]
+    for module in chosen:
+        module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in chosen:
+            del module.train
+
+
+def _stay_in_evaluation(module: nn.Module, _mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are equal but for rounding: by half of their digits."""
+    if a is None or b is None or not a.is_floating_point():
+        return a is b or (a is not None and b is not None and torch.equal(a, b))
+    if a.shape != b.shape:
+        return False
+    scale = max(1.0, float(a.abs().nan_to_num().max()) if a.numel() else 1.0)
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    return torch.allclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True)

@@ -1,0 +1,74 @@
+"""Where the work is split, what a network does is said in one line, or refused."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from equiloss.errors import ConfigError
+from equiloss.preflight.behaviour import Effect, Found
+from equiloss.preflight.network import judge
+from support import composed
+
+DRAWS, NEIGHBOURS, LEARNS, COUNTS, REMEMBERS, EVALUATION = Effect
+MICRO = "trainer.micro_batch_size=10"
+BITWISE = "trainer.reduction=bitwise"
+EVERYTHING = [Found(effect, "a (Layer)") for effect in Effect]
+BATCH_NORM = [Found(NEIGHBOURS, "1 (BatchNorm2d)", True), Found(LEARNS, "1 (BatchNorm2d)", True)]
+
+
+def lines(
+    caplog: pytest.LogCaptureFixture, found: list[Found], ranks: int, *options: str
+) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        judge(composed(*options).config, found, ranks)
+    return caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "effects"),
+    [
+        (1, (), set()),
+        (1, ("trainer.micro_batch_size=1000",), set()),  # more than a batch
+        (2, (), {DRAWS, NEIGHBOURS, LEARNS, REMEMBERS, EVALUATION}),
+        (1, (MICRO,), {DRAWS, NEIGHBOURS, LEARNS, COUNTS, REMEMBERS}),
+        (2, (MICRO,), set(Effect)),
+    ],
+)
+def test_an_effect_is_said_where_its_split_is(
+    ranks: int, options: tuple[str, ...], effects: set[Effect], caplog: pytest.LogCaptureFixture
+) -> None:
+    for found in EVERYTHING:
+        said = lines(caplog, [found], ranks, *options)
+        assert len(said) == (found.effect in effects), found
+        for line in said:
+            assert line.startswith("model=convnet: a (Layer) ")
+            assert ": results depend on " in line
+
+
+def test_batch_norm_goes_over_all_ranks_and_not_over_micro_batches(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert lines(caplog, BATCH_NORM, 2) == []
+    (line,) = lines(caplog, BATCH_NORM, 2, MICRO)
+    assert "1 (BatchNorm2d) makes a sample's logits depend on the samples beside it" in line
+
+
+@pytest.mark.parametrize("found", EVERYTHING, ids=lambda found: found.effect)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bitwise_refuses_all_but_what_is_drawn_for_each_shard(ranks: int, found: Found) -> None:
+    config = composed(BITWISE).config
+    if found.effect == DRAWS:
+        judge(config, [found], ranks)
+        return
+    with pytest.raises(ConfigError, match=rf"^{BITWISE} refuses model=convnet: a \(Layer\) "):
+        judge(config, [found], ranks)
+
+
+def test_strict_parity_refuses_what_the_split_makes_matter() -> None:
+    config = composed("parity=strict").config
+    judge(config, EVERYTHING, 1)
+    with pytest.raises(ConfigError, match=r"^parity\.policy=raise refuses model=convnet: a "):
+        judge(config, EVERYTHING, 2)
