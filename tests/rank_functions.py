@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from equiloss.config.resolved import ResolvedConfig
@@ -244,4 +246,72 @@ def batch_norm_passes(counts: list[int]) -> list[dict[str, Tensor]]:
                 "evaluated": layer.eval()(images).detach(),
             }
         )
+    return found
+
+
+class _Wrong(Callback):
+    """Makes one rank do something else while a run trains."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.culprit = rank() == 1
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.name == "other weights" and self.culprit:
+            with torch.no_grad():
+                next(pl_module.parameters()).add_(1e-3)
+        if self.name == "another learning rate" and self.culprit:
+            scheduler = pl_module.lr_schedulers()
+            scheduler.base_lrs = [2 * lr for lr in scheduler.base_lrs]
+            for group in pl_module.the_optimizer.param_groups:
+                group["lr"] *= 2
+        if self.name == "a negated gradient" and self.culprit:
+            for parameter in pl_module.parameters():
+                parameter.register_hook(torch.neg)
+        if self.name == "a parameter left out":
+            for parameter in list(pl_module.parameters())[-1:]:
+                own: list[Tensor] = []
+                parameter.register_hook(own.append)
+                parameter.own = own
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if self.name == "a parameter left out":
+            # As if it had not been reduced: what the passes of this rank have brought.
+            parameter: Any = list(pl_module.parameters())[-1]
+            parameter.grad.copy_(torch.stack(parameter.own).sum(0))
+            parameter.own.clear()
+
+
+def verdicts(
+    directory: Path, wrongs: Sequence[str], options: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """What parity says of short runs with something wrong in each."""
+    from unittest import mock
+
+    from equiloss.invariance.controls import local_means
+    from equiloss.invariance.rank_runs import set_up_rank
+    from equiloss.models.dropout import RowKeys
+    from equiloss.run import run
+    from support import composed
+
+    set_up_rank()
+    right, keyed = reduction.rank_loss, RowKeys.bound_to
+    patches: dict[str, Callable[[], Any]] = {
+        "no factor of ranks": lambda: mock.patch.object(reduction, "rank_loss", reduction.mean),
+        "local means": local_means,
+        "twice the gradient": lambda: mock.patch.object(
+            reduction, "rank_loss", lambda *sums: 2 * right(*sums)
+        ),
+        "masks by rank": lambda: mock.patch.object(
+            RowKeys,
+            "bound_to",
+            lambda self, index, epoch: keyed(self, index + 1000 * rank(), epoch),
+        ),
+    }
+    found = {}
+    for wrong in wrongs:
+        config = composed(*options, f"trainer.devices={collectives.world_size()}")
+        with patches.get(wrong, nullcontext)():
+            result = run(config, directory / wrong, callbacks=[_Wrong(wrong)])
+        found[wrong] = result.parity
     return found

@@ -27,7 +27,7 @@ from equiloss.models.build import build_network, expose_head, lay_out
 from equiloss.models.dropout import RowKeys
 from equiloss.parity.monitor import ParityMonitor
 from equiloss.preflight import configuration, network
-from equiloss.preflight.behaviour import Found, look
+from equiloss.preflight.behaviour import Found, by_row, look
 from equiloss.records import results, run_dir
 from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.results import Result, metric_names
@@ -134,7 +134,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
         total_steps=total_steps,
         fingerprint=splits.fingerprint() if config.task == "fit" else None,
     )
-    monitor = _parity_monitor(config, criterion, splits, total_steps)
+    monitor = _parity_monitor(config, criterion, splits, total_steps, by_row=by_row(found))
     metrics_csv = MetricsCsv(directory, metric_names(config.parity.formulations))
     checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, metrics_csv)
     continued = checkpoints.find_state() if config.task == "fit" else None
@@ -273,7 +273,7 @@ def _network(
 
 
 def _parity_monitor(
-    config: Config, criterion: Criterion, splits: Splits, total_steps: int
+    config: Config, criterion: Criterion, splits: Splits, total_steps: int, *, by_row: bool
 ) -> ParityMonitor | None:
     if config.task != "fit" or config.parity.every_n_steps == 0:
         return None
@@ -283,6 +283,7 @@ def _parity_monitor(
         total_steps=total_steps,
         seed=config.seed,
         class_counts=splits.class_counts,
+        by_row=by_row,
     )
 
 

@@ -67,9 +67,7 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
     )
     config = OmegaConf.to_object(typed)
     assert isinstance(config, Config)
-    for group in plain.keys() & {"checkpoint", "early_stopping"}:
-        # As earlier versions have stored it: what follows is written out.
-        plain[group]["mode"] = better(getattr(config, group).monitor)
+    _write_out_modes(plain)
     return ResolvedConfig(config, plain, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
@@ -101,7 +99,16 @@ def with_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:
     >>> with_defaults({"trainer": {"devices": 2}})["trainer"]["reduction"]
     'sum'
     """
-    return _completed(_schema(), plain)
+    completed = _completed(_schema(), plain)
+    _write_out_modes(completed)
+    return completed
+
+
+def _write_out_modes(plain: dict[str, Any]) -> None:
+    """Store the mode that follows from a metric, as earlier versions did."""
+    for group in plain.keys() & {"checkpoint", "early_stopping"}:
+        if plain[group].get("mode") is None and "monitor" in plain[group]:
+            plain[group] = {**plain[group], "mode": better(str(plain[group]["monitor"]))}
 
 
 @cache

@@ -31,6 +31,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this rank in the process group, or 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def start_sum(value: Tensor) -> PendingSum:
     """Begin to sum a tensor over ranks, while the caller goes on computing.
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from equiloss.config import SPLIT_METRICS
 from equiloss.errors import printable
-from equiloss.records.results import Result
+from equiloss.records.results import Result, beyond
 from equiloss.records.run_dir import TRAIN_LOG
 
 
@@ -69,10 +69,12 @@ def verdict(parity: dict[str, Any]) -> str:
     if parity["agree"]:
         largest = max((worst["ratio"] or 0.0 for worst in formulations.values()), default=0.0)
         outside = {n: f["out_of_domain"] for n, f in formulations.items() if f.get("out_of_domain")}
-        beyond = "".join(f"; {rows} rows out of the domain of {n}" for n, rows in outside.items())
+        more = "".join(f"; {rows} rows out of the domain of {n}" for n, rows in outside.items())
+        ratio = parity.get("trained_ratio", 0.0)  # null where an error was not finite
+        other = "; the loss that trained is another function" * (ratio is None or ratio > 1)
         return (
             f"parity: {', '.join(formulations)} match at {parity['steps']} steps "
-            f"(largest error {largest:.2g} of its bound{beyond})"
+            f"(largest error {largest:.2g} of its bound{more}){other}"
         )
     wrong = [name for name, worst in formulations.items() if not worst["agree"]]
-    return f"parity: DIFFERS: {', '.join(wrong) or 'mass or all-reduced loss'}"
+    return f"parity: DIFFERS: {', '.join([*wrong, *beyond(parity)])}"

@@ -77,9 +77,9 @@ def compare(criterion: Criterion, batch: Rows, probe: Rows) -> Agreement:
     peaks = collectives.max_over_ranks(
         torch.stack(
             [
-                _peak(torch.where(rows.judged, rows.gradient_error, 0)),
-                _peak(torch.where(rows.outside, 0, rows.ratio)),
-                _peak(torch.where(unit.outside, 0, unit.ratio)),
+                peak(torch.where(rows.judged, rows.gradient_error, 0)),
+                peak(torch.where(rows.outside, 0, rows.ratio)),
+                peak(torch.where(unit.outside, 0, unit.ratio)),
             ]
         )
     ).tolist()
@@ -122,7 +122,7 @@ def _row_errors(criterion: Criterion, rows: Rows) -> _RowErrors:
     return _RowErrors(difference, gradient_error, ratio, nonfinite, outside, ~(outside | nonfinite))
 
 
-def _peak(values: Tensor) -> Tensor:
+def peak(values: Tensor) -> Tensor:
     """Largest value of [n], 0 for n = 0; NaN counts as infinite."""
     values = torch.nan_to_num(values, nan=math.inf, posinf=math.inf)
     return torch.cat([values, values.new_zeros(1)]).max()

@@ -30,9 +30,11 @@ from equiloss.losses.projection import Outputs
 from equiloss.losses.signature import HEAD_WEIGHT
 from equiloss.parity import oracle
 from equiloss.parity.agreement import Agreement, Rows, compare
+from equiloss.parity.gradient import Followed, Watch
 from equiloss.training.step import StepOutcome
 
 if TYPE_CHECKING:
+    from equiloss.data.sources import Batch
     from equiloss.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class ParityMonitor(Callback):
         total_steps: Steps of a run that goes to its end; the last of them is checked.
         seed: Seed of the probe.
         class_counts: Rows of each training class, for formulations that want them.
+        by_row: Whether the network was seen to be a function of the row, so that one can be
+            forwarded again.
 
     Raises:
         LossError: if a formulation is unknown, or lacks an option that the run uses.
@@ -72,7 +76,9 @@ class ParityMonitor(Callback):
         total_steps: int,
         seed: int,
         class_counts: Tensor | Sequence[int] | None = None,
+        by_row: bool = True,
     ) -> None:
+        self.by_row = by_row
         self.config = config
         self.total_steps = total_steps
         self.seed = seed
@@ -86,8 +92,20 @@ class ParityMonitor(Callback):
         self.mass_error = 0.0
         self.global_error = 0.0
         self.sums_agree = True
+        self.followed = Followed()
+        self.trained_ratio = 0.0
+        """Largest error of the loss that trains over the oracle's bound: above 1 it is another
+        function."""
         self.steps = 0
         self._seen: Seen | None = None
+        self._watch: Watch | None = None
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Classifier, batch: Batch, batch_idx: int
+    ) -> None:
+        """Watch the gradient of a parity step from here on."""
+        if self._is_due(pl_module.global_step):
+            self._watch = Watch(pl_module, batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:  # type: ignore[override]
         """Keep what this step saw: the optimizer may change the head, or the loss itself."""
@@ -98,6 +116,8 @@ class ParityMonitor(Callback):
             if any(True for _ in criterion.parameters()):
                 criterion = copy.deepcopy(criterion)
             self._seen = Seen(accumulated.outputs.snapshot(), accumulated.target, criterion)
+            if self._watch is not None and self.by_row:
+                self._watch.forward_again(self._seen.outputs)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: Classifier, outputs: Mapping[str, StepOutcome], *_: Any
@@ -105,15 +125,29 @@ class ParityMonitor(Callback):
         """Check this step, if it is a parity step."""
         if self._seen is not None:
             step = pl_module.global_step - 1
-            scalars = self.check(self._seen, outputs["outcome"], step, trainer.global_rank)
+            outcome, rank = outputs["outcome"], trainer.global_rank
+            scalars = self.check(self._seen, outcome, step, rank, self._watch)
             self._seen = None
             pl_module.record(scalars, step)
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
     def _is_due(self, step: int) -> bool:
         return step % self.config.every_n_steps == 0 or step == self.total_steps - 1
 
-    def check(self, seen: Seen, outcome: StepOutcome, step: int, rank: int) -> dict[str, float]:
-        """Compare one step's logits; every rank must call it. Returns the logged scalars."""
+    def check(
+        self,
+        seen: Seen,
+        outcome: StepOutcome,
+        step: int,
+        rank: int,
+        watch: Watch | None = None,
+    ) -> dict[str, float]:
+        """Compare one step's logits, and its gradient if it was watched.
+
+        Every rank must call it. Returns the logged scalars.
+        """
         # A loss that takes features spares the logits in every other step.
         logits = seen.outputs.logits()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -148,14 +182,31 @@ class ParityMonitor(Callback):
             disagreeing.append(f"the mass (off by {mass_error:.3g})")
         if not global_agrees:
             disagreeing.append(f"the all-reduced loss (off by {global_error:.3g} nats)")
+        if watch is not None:
+            followed = self._follow(watch, seen, outcome, batch, probe)
+            self.followed = self.followed.worst(followed)
+            scalars |= {f"parity/{name}": value for name, value in followed._asdict().items()}
+            disagreeing += followed.disagreeing()
         self.steps += 1
         if disagreeing:
-            message = f"parity, step {step}: {', '.join(disagreeing)} differ from the oracle"
+            message = f"parity, step {step}: {', '.join(disagreeing)} differ from what is right"
             if self.config.policy == "raise":
                 raise ParityError(message)
             if self.config.policy == "warn":
                 log.warning(message)
         return scalars
+
+    def _follow(
+        self, watch: Watch, seen: Seen, outcome: StepOutcome, batch: Rows, probe: Rows
+    ) -> Followed:
+        """The gradient of a step, against the oracle where the loss that trains is its function."""
+        known = False
+        if not seen.criterion.signature.wants_features:
+            ratio = compare(seen.criterion, batch, probe).ratio
+            self.trained_ratio = max(self.trained_ratio, ratio)
+            known = ratio <= 1
+        arrived = watch.follow(seen.outputs, seen.target, seen.criterion, batch.exact, known=known)
+        return watch.conclude(arrived, outcome)
 
     def summary(self) -> dict[str, Any]:
         """The verdict so far, as `results.json` holds it."""
@@ -164,8 +215,12 @@ class ParityMonitor(Callback):
             **per_formulation,
             "mass_error": self.mass_error,
             "global_error": self.global_error,
+            **self.followed._asdict(),
+            "trained_ratio": self.trained_ratio,
             "steps": self.steps,
-            "agree": self.sums_agree and all(worst.agree for worst in self.worst.values()),
+            "agree": self.sums_agree
+            and not any(self.followed.disagreeing())
+            and all(worst.agree for worst in self.worst.values()),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,6 +236,9 @@ class ParityMonitor(Callback):
         self.mass_error = state_dict["mass_error"]
         self.global_error = state_dict["global_error"]
         self.sums_agree = state_dict["sums_agree"]
+        # Earlier versions did not follow the gradient.
+        self.followed = Followed(*(state_dict.get(name, 0.0) for name in Followed._fields))
+        self.trained_ratio = state_dict.get("trained_ratio", 0.0)
         self.steps = state_dict["steps"]
 
     def _with_oracle(self, logits: Tensor, target: Tensor) -> Rows:
@@ -245,6 +303,8 @@ def _with_options_of(
     criterion: Criterion, name: str, class_counts: Tensor | Sequence[int] | None
 ) -> Criterion:
     """The formulation `name` with the run's weights, smoothing and ignored rows."""
+    if name == criterion.name == "custom":
+        return criterion  # it has them, and its target is nowhere else
     options = criterion.options
     shared = {
         "weight": options.get("weight"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from functools import partial
@@ -51,6 +51,13 @@ class Found(NamedTuple):
     """Path and type of the innermost module that shows it."""
     batch_norm: bool = False
     """Whether batch normalisation is all that shows it."""
+
+
+def by_row(found: Iterable[Found]) -> bool:
+    """Whether a row's logits in training are a function of the row and the weights alone."""
+    return {Effect.DRAWS, Effect.NEIGHBOURS, Effect.REMEMBERS}.isdisjoint(
+        each.effect for each in found
+    )
 
 
 def look(

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 
 # What is read of a formulation in `Result.parity`.
 AGREEMENT = {"ratio": float | None, "agree": bool, "out_of_domain": int}
+# What is read of the gradient that trained, and in words what it is that disagrees.
+FOLLOWED = {
+    "gradient_ratio": "the gradient at the logits",
+    "sum_ratio": "the gradient's sum over ranks",
+    "row_ratio": "a row that was forwarded again",
+    "ranks_differ": "the ranks' weights",
+}
+CHECKED = {"steps": int, "agree": bool, **dict.fromkeys(FOLLOWED, float | None)}
 TRAIN_METRICS = ("loss", "grad_norm", "lr", "samples_per_s", "skipped_steps")
 
 
@@ -37,7 +45,7 @@ def metric_names(formulations: Sequence[str]) -> list[str]:
     """Every name that a run logs, the same for every loss.
 
     >>> metric_names(["cross_entropy"])[-3:]
-    ['parity/cross_entropy/nonfinite', 'parity/max_ratio', 'parity/global_error']
+    ['parity/sum_ratio', 'parity/row_ratio', 'parity/ranks_differ']
     """
     return [
         *(f"train/{name}" for name in TRAIN_METRICS),
@@ -49,7 +57,25 @@ def metric_names(formulations: Sequence[str]) -> list[str]:
         ),
         "parity/max_ratio",
         "parity/global_error",
+        *(f"parity/{name}" for name in FOLLOWED),
     ]
+
+
+def beyond(parity: Mapping[str, Any]) -> list[str]:
+    """What disagrees in `Result.parity` besides formulations, in words.
+
+    >>> beyond({"agree": False, "sum_ratio": 7.5, "ranks_differ": 2.0})
+    ["the gradient's sum over ranks", "the ranks' weights"]
+    """
+    if not parity or parity["agree"]:
+        return []
+    found = {name: parity.get(name, 0.0) for name in FOLLOWED}  # null where it was not finite
+    wrong = {name for name, value in found.items() if value is None or value > 1}
+    wrong |= {"ranks_differ"} if found["ranks_differ"] else set()
+    formulations = (each for each in parity.values() if isinstance(each, dict))
+    if not wrong and all(each["agree"] for each in formulations):
+        return ["mass or all-reduced loss"]
+    return [words for name, words in FOLLOWED.items() if name in wrong]
 
 
 def read_metrics(directory: Path, name: str) -> list[float]:
@@ -118,7 +144,7 @@ class Result:
         rules = {
             "status": result.status in ("completed", "failed", "interrupted"),
             "loss": fits(result.loss, {"name": str}),
-            "parity": not parity or fits(parity, {"steps": int, "agree": bool}),
+            "parity": not parity or fits({**dict.fromkeys(FOLLOWED), **parity}, CHECKED),
             **{
                 f"parity of {name}": fits({"out_of_domain": 0, **each}, AGREEMENT)
                 for name, each in parity.items()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from equiloss.errors import printable
+from equiloss.records.results import beyond
 from equiloss.report.pairs import FORMULATIONS, WORLD_SIZES, Pair, first_beyond, maximum
 from equiloss.report.runs import Run, Series
 
@@ -73,8 +74,7 @@ class Lockstep:
                     self.disagreeing.append(name)
                 if worst.get("out_of_domain"):
                     self.left_out[name] = worst["out_of_domain"]
-        if parity and not parity["agree"] and not self.disagreeing:
-            self.disagreeing.append("mass or all-reduced loss")
+        self.disagreeing += beyond(parity)
 
     def _read_metrics(self) -> None:
         for key, series in self.run.metrics.items():

@@ -85,6 +85,9 @@ class Shards:
         shards: V, virtual shards of a global batch.
     """
 
+    of_mean = False
+    """As of `MicroBatches`: a shard back-propagates its sum."""
+
     def __init__(self, module: Classifier, shards: int) -> None:
         self.module = module
         self.shards = shards

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +29,7 @@ from equiloss.losses.projection import Outputs, joined
 
 if TYPE_CHECKING:
     from equiloss.data.sources import Batch
+    from equiloss.training.bitwise import Shards
     from equiloss.training.classifier import Classifier
 
 
@@ -87,6 +87,9 @@ class MicroBatches:
         module: The classifier.
         size: Largest number of rows per forward pass, or None.
     """
+
+    of_mean = True
+    """Whether a pass back-propagates its part of the mean, times the ranks, or of the sum."""
 
     def __init__(self, module: Classifier, size: int | None) -> None:
         self.module = module
@@ -158,7 +161,7 @@ class GlobalStep:
     def __init__(
         self,
         module: Classifier,
-        accumulate: Callable[[Batch], Accumulated],
+        accumulate: MicroBatches | Shards,
         clip_norm: float | None,
     ) -> None:
         self.module = module

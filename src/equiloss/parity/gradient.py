@@ -1,0 +1,283 @@
+"""The gradient that really trains, followed from the loss to the weights of every rank.
+
+The formulations are compared on the logits of a step; what that step then does with them is held
+against what it must be, at each station:
+
+1. *logits*: what the backward pass brings to the logits, of every rank and micro-batch, against
+   the oracle's gradient of the global mean (or, for another loss than cross-entropy, against one
+   evaluation of it on the gathered batch).
+2. *sum*: what each rank brings to a parameter, caught before it is reduced and added up in
+   float64, against what the optimizer was given.
+3. *row*: the first row of each rank, forwarded again alone on the first one with the weights of
+   that moment, against what it was where it trained.
+4. *ranks*: parameters and buffers after the step, which are the same bits on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from equiloss.distributed import collectives
+from equiloss.losses.criterion import Criterion
+from equiloss.losses.projection import Outputs
+from equiloss.parity.agreement import peak
+from equiloss.parity.oracle import Oracle
+
+if TYPE_CHECKING:
+    from equiloss.data.sources import Batch
+    from equiloss.training.classifier import Classifier
+    from equiloss.training.step import StepOutcome
+
+# Numbers that are looked at together.
+BUCKET = 2**20
+
+
+class Followed(NamedTuple):
+    """What one step's gradient was found to be, the same on every rank."""
+
+    gradient_ratio: float = 0.0
+    """Largest error of a row's gradient at the logits over its bound."""
+    sum_ratio: float = 0.0
+    """Largest error of a parameter's gradient over what rounding in its sum explains."""
+    row_ratio: float = 0.0
+    """Largest difference of a row that was forwarded again over half of its digits."""
+    ranks_differ: float = 0.0
+    """Parameters and buffers that are not the same bits on every rank."""
+
+    def disagreeing(self) -> Iterator[str]:
+        """What is beyond its bound, in words."""
+        if not self.gradient_ratio <= 1:
+            yield f"the gradient at the logits ({self.gradient_ratio:.3g} times its bound)"
+        if not self.sum_ratio <= 1:
+            yield f"the gradient's sum over ranks ({self.sum_ratio:.3g} times its bound)"
+        if not self.row_ratio <= 1:
+            yield f"a row that was forwarded again ({self.row_ratio:.3g} times half its digits)"
+        if self.ranks_differ:
+            yield f"the ranks' weights ({self.ranks_differ:.0f} tensors)"
+
+    def worst(self, other: Followed) -> Followed:
+        """The larger of each figure."""
+        return Followed(*map(max, self, other))
+
+
+class Watch:
+    """Watches one training step of a classifier; every rank must have one for the same step.
+
+    Args:
+        module: The classifier.
+        batch: This rank's part of the global batch, as the step is given it.
+    """
+
+    def __init__(self, module: Classifier, batch: Batch) -> None:
+        self.module = module
+        self.batch = batch
+        self.row_ratio = 0.0
+        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+        # What half precision multiplies the loss with, in this step.
+        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
+        self._arrived: list[Tensor] = []
+        self._brought: dict[nn.Parameter, list[Tensor]] = {
+            p: [] for p in module.parameters() if p.requires_grad
+        }
+        self._hooks: list[Any] = [module.criterion.register_forward_pre_hook(self._see)]
+        for parameter, parts in self._brought.items():
+            hook = parameter.register_hook(partial(_keep, parts))  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
+            # Before any other: what they make of the gradient is no rank's own.
+            hooks: Any = parameter._backward_hooks
+            others = [each for each in hooks.items() if each[0] != hook.id]
+            for number, function in others:
+                del hooks[number]
+                hooks[number] = function
+
+    def _see(self, _: nn.Module, inputs: tuple[Outputs, Tensor]) -> None:
+        """Catch the gradient of the outputs of a forward pass."""
+        rows = inputs[0].rows
+        place = len(self._arrived)
+        self._arrived.append(torch.zeros_like(rows))
+        if rows.requires_grad:
+            keep = partial(self._arrived.__setitem__, place)
+            self._hooks.append(rows.register_hook(keep))  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Watch no longer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def forward_again(self, outputs: Outputs) -> None:
+        """Compare the first row of each rank with itself alone, before the weights change."""
+        batch = self.batch
+        images, index, rows = (
+            collectives.gather_rows(part[:1].detach())
+            for part in (batch.images, batch.index, outputs.rows)
+        )
+        if collectives.rank() > 0 or not len(rows):
+            return
+        module = self.module
+        buffers = [(buffer, buffer.clone()) for buffer in module.model.buffers()]
+        alone = []
+        # Another number of rows would be compiled anew.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for row in range(len(index)):
+                with module.row_keys.bound_to(index[row : row + 1], batch.epoch):
+                    alone.append(module.outputs(images[row : row + 1]).rows)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        scale = rows.abs().amax(-1).clamp(min=1)
+        error = (torch.cat(alone) - rows).abs().amax(-1) / scale
+        self.row_ratio = peak(error.double() / torch.finfo(rows.dtype).eps ** 0.5).item()
+
+    def follow(
+        self, outputs: Outputs, target: Tensor, criterion: Criterion, exact: Oracle, *, known: bool
+    ) -> Tensor:
+        """Ratio of the gradient that arrived at the logits to its bound, of this rank, 0-dim.
+
+        Args:
+            outputs: The network's outputs for this rank's rows.
+            target: This rank's targets.
+            criterion: The loss that trains.
+            exact: The oracle's values for these rows.
+            known: Whether that loss is the oracle's function.
+        """
+        mass = collectives.sum_over_ranks(exact.mass)
+        factor = torch.ones_like(mass)
+        if self.module.step.accumulate.of_mean:
+            factor = collectives.world_size() / mass if mass > 0 else torch.zeros_like(mass)
+        arrived = torch.cat(self._arrived).double() / self._scale
+        wide = torch.promote_types(outputs.rows.dtype, torch.float32)
+        eps = torch.finfo(wide).eps
+        if known:
+            expected, bound = exact.gradient, exact.bound
+        else:
+            expected = _gathered_gradient(outputs, target, criterion)
+            terms = expected.abs().amax(-1)
+            for weight in outputs.head().values():
+                if weight.dim() == 2:  # features get a sum over classes, whose terms may cancel
+                    terms = terms + (exact.gradient.abs() @ weight.abs().double()).amax(-1)
+            # Sums over the row's numbers or classes round once for each of them.
+            numbers = max(outputs.rows.shape[1], exact.gradient.shape[1])
+            bound = eps * numbers * (1 + exact.spread) * terms
+        expected, bound = expected * factor, bound * factor
+        # The mass, the quotient and the product; weights are added up row by row.
+        rounded = (4 + len(target) * self._is_weighted) * eps
+        if outputs.rows.dtype != wide:
+            rounded += torch.finfo(outputs.rows.dtype).eps
+        bound = bound + rounded * expected.abs().amax(-1)
+        error = (arrived - expected).abs().amax(-1)
+        ratio = torch.where(error == 0, 0, error / bound)
+        outside = exact.spread > criterion.signature.domain(wide)
+        return peak(torch.where(outside, 0, ratio))
+
+    def conclude(self, gradient_ratio: Tensor, outcome: StepOutcome) -> Followed:
+        """The verdict on the step, once the optimizer has taken it.
+
+        Args:
+            gradient_ratio: Of this rank.
+            outcome: What the step itself says of it.
+        """
+        ratios = [gradient_ratio, torch.full_like(gradient_ratio, self.row_ratio)]
+        ratios += [] if outcome.skipped else self._sums(outcome)
+        gradient, row, *sums = collectives.max_over_ranks(torch.stack(ratios)).tolist()
+        return Followed(gradient, max(sums, default=0.0), row, self._ranks_differ())
+
+    def _sums(self, outcome: StepOutcome) -> Iterator[Tensor]:
+        """Error of each bucket of parameters over its bound."""
+        world_size, step = collectives.world_size(), self.module.step
+        divisor = world_size if step.accumulate.of_mean else outcome.mass
+        factor = _clipped_by(step.clip_norm, outcome.grad_norm) / divisor if divisor else 0.0
+        for parameters in buckets(list(self._brought)):
+            parts = [self._brought[parameter] for parameter in parameters]
+            dtype = parameters[0].dtype
+            eps = torch.finfo(dtype).eps
+            pairs = [_added(*pair) for pair in zip(parameters, parts, strict=True)]
+            brought = collectives.sum_over_ranks(torch.cat(pairs, dim=1))
+            total, size = brought * (factor / self._scale)
+            given = torch.cat([_flat(p.grad, p) for p in parameters])
+            passes = max(map(len, parts))
+            # Each addition over ranks and passes rounds, and so do mean, scale and clipping.
+            bound = (world_size + passes + 4) * eps * size
+            error = (given - total).abs()
+            yield peak(torch.where(error == 0, 0, error / bound))
+
+    def _ranks_differ(self) -> float:
+        if collectives.world_size() == 1:
+            return 0.0
+        model, criterion = self.module.model, self.module.criterion
+        tensors = [*model.parameters(), *model.buffers(), *criterion.parameters()]
+        digests = torch.stack([digest(tensor.detach()) for tensor in tensors])
+        largest, smallest = collectives.max_over_ranks(torch.stack([digests, ~digests]))
+        return float((largest != ~smallest).any(-1).sum())
+
+    @property
+    def _is_weighted(self) -> bool:
+        return self.module.criterion.weight(torch.float64, torch.device("cpu")) is not None
+
+
+def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one dtype together, as long as they are no more numbers than a bucket has.
+
+    >>> sizes = [3, 2**20, 5]
+    >>> [len(each) for each in buckets([nn.Parameter(torch.zeros(size)) for size in sizes])]
+    [1, 1, 1]
+    """
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        full = sum(each.numel() for each in bucket) + parameter.numel() > BUCKET
+        if bucket and (full or bucket[0].dtype != parameter.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """Two sums modulo 2**64 over a tensor's bits [2] int64, one of them by position.
+
+    >>> torch.equal(digest(torch.tensor([0.0, 1.0])), digest(torch.tensor([-0.0, 1.0])))
+    False
+    """
+    pattern = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    bits = tensor.contiguous().view(pattern[tensor.element_size()]).flatten().to(torch.int64)
+    places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    return torch.stack([bits.sum(), (bits * places).sum()])
+
+
+def _keep(parts: list[Tensor], gradient: Tensor | None) -> None:
+    if gradient is not None:
+        parts.append(gradient.detach().clone())
+
+
+def _added(parameter: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """What the passes have brought to a parameter, and the sum of its sizes [2, n] float64."""
+    added = parameter.new_zeros((2, parameter.numel()), dtype=torch.float64)
+    for part in parts:
+        flat = _flat(part, parameter)
+        added += torch.stack([flat, flat.abs()])
+    return added
+
+
+def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return (torch.zeros_like(parameter) if gradient is None else gradient).flatten().double()
+
+
+def _clipped_by(clip_norm: float | None, norm: float) -> float:
+    """What torch multiplies gradients with, which it clips to a norm."""
+    return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+
+
+def _gathered_gradient(outputs: Outputs, target: Tensor, criterion: Criterion) -> Tensor:
+    """Gradient of one evaluation on the rows of all ranks, for this rank's rows, in float64."""
+    counts = torch.zeros(collectives.world_size(), dtype=torch.int64, device=target.device)
+    counts[collectives.rank()] = len(target)
+    first = int(collectives.sum_over_ranks(counts)[: collectives.rank()].sum())
+    rows = collectives.gather_rows(outputs.rows).detach().requires_grad_()
+    with torch.enable_grad():
+        losses = criterion.per_sample(outputs.with_rows(rows), collectives.gather_rows(target))
+        (gradient,) = torch.autograd.grad(losses.sum(), rows)
+    return gradient[first : first + len(target)].double()
