@@ -9,6 +9,7 @@
 #   make loggers
 #   make invariance
 #   make pictures
+#   make lock
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ ARGS ?=
 # Two test processes, a thread each: two pools of threads on the same cores are far slower.
 JOBS ?= 2
 
-.PHONY: train test test-slow faults moments fuzz ray loggers lint invariance pictures clean
+.PHONY: train test test-slow faults moments fuzz ray loggers lint invariance pictures lock lock-check clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -66,6 +67,16 @@ invariance: $(VENV)/train.stamp
 # The pictures of the README and docs/, from a real sweep (needs Debian's chromium, chromium-driver).
 pictures: $(VENV)/dev.stamp
 	$(BIN)/python docs/pictures.py
+
+# What `make test` installs, with hashes; and whether what the index has is still that.
+lock: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed \
+		--report $(VENV)/report.json '.[dev]'
+	$(BIN)/python .ci/lock.py $(VENV)/report.json requirements.lock
+
+lock-check: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --no-deps \
+		--require-hashes --requirement requirements.lock
 
 clean:
 	rm -rf $(VENV) $(VENV)-ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

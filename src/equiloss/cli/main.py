@@ -175,7 +175,8 @@ def invariance(
     part: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this part: gradients, trajectories, order, evaluation or interruptions. "
+            help="Only this part: gradients, batch_norm, trajectories, order, evaluation or "
+            "interruptions. "
             "May be given several times."
         ),
     ] = None,

@@ -10,13 +10,21 @@ from pathlib import Path
 import torch
 
 from equiloss.errors import choose
-from equiloss.invariance import evaluation, gradients, interruption, order, trajectories
+from equiloss.invariance import (
+    evaluation,
+    gradients,
+    interruption,
+    normalisation,
+    order,
+    trajectories,
+)
 from equiloss.invariance.cells import Part, Report
 from equiloss.invariance.picture import draw
 from equiloss.records.results import environment
 
 PARTS: dict[str, Callable[[Path], dict[str, Part]]] = {
     "gradients": lambda _: gradients.measure(),
+    "batch_norm": lambda _: normalisation.measure(),
     "trajectories": trajectories.measure,
     "order": order.measure,
     "evaluation": evaluation.measure,

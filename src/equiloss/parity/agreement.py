@@ -11,6 +11,7 @@ from torch import Tensor
 
 from equiloss.distributed import collectives
 from equiloss.losses.criterion import Criterion
+from equiloss.losses.projection import Outputs
 from equiloss.parity.oracle import Oracle
 
 
@@ -38,6 +39,17 @@ class Agreement:
         self.nonfinite += other.nonfinite
         self.out_of_domain += other.out_of_domain
         self.agree = self.agree and other.agree
+
+
+class Seen(NamedTuple):
+    """What a step was given and made, before the optimizer changed a parameter."""
+
+    outputs: Outputs
+    """The network's outputs for this rank's rows."""
+    target: Tensor
+    """This rank's targets [n] or [n, K]."""
+    criterion: Criterion
+    """The loss that trains."""
 
 
 class Rows(NamedTuple):

@@ -15,21 +15,17 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from equiloss.config import ParityConfig
-from equiloss.distributed import collectives
 from equiloss.errors import LossError, ParityError
-from equiloss.losses import reduction
 from equiloss.losses.criterion import Criterion
-from equiloss.losses.projection import Outputs
-from equiloss.losses.signature import HEAD_WEIGHT
-from equiloss.parity import oracle
-from equiloss.parity.agreement import Agreement, Rows, compare
+from equiloss.parity import oracle, sums
+from equiloss.parity.agreement import Agreement, Rows, Seen, compare
 from equiloss.parity.gradient import Followed, Watch
 from equiloss.training.step import StepOutcome
 
@@ -38,17 +34,6 @@ if TYPE_CHECKING:
     from equiloss.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
-
-
-class Seen(NamedTuple):
-    """What a step was given and made, before the optimizer changed a parameter."""
-
-    outputs: Outputs
-    """The network's outputs for this rank's rows."""
-    target: Tensor
-    """This rank's targets [n] or [n, K]."""
-    criterion: Criterion
-    """The loss that trains."""
 
 
 class ParityMonitor(Callback):
@@ -157,23 +142,11 @@ class ParityMonitor(Callback):
         batch = self._with_oracle(logits, seen.target)
         probe = self._with_oracle(unit_normal.to(logits.device), seen.target)
 
-        scalars: dict[str, float] = {}
-        disagreeing = []
-        for name, formulation in self.formulations.items():
-            agreement = compare(formulation, batch, probe)
-            self.worst[name].add(agreement)
-            scalars |= {
-                f"parity/{name}/loss_error": agreement.loss_error,
-                f"parity/{name}/grad_error": agreement.grad_error,
-                f"parity/{name}/ratio": agreement.ratio,
-                f"parity/{name}/nonfinite": float(agreement.nonfinite),
-            }
-            if not agreement.agree:
-                disagreeing.append(f"{name} (error {agreement.ratio:.3g} times its bound)")
-        scalars["parity/max_ratio"] = max(scalars[f"parity/{n}/ratio"] for n in self.formulations)
-
-        mass_error, mass_agrees = self._mass_error(outcome, batch)
-        global_error, global_agrees = _global_error(outcome, seen)
+        scalars, disagreeing = self._compare_formulations(batch, probe)
+        mass_error, mass_agrees = sums.mass_error(
+            self.formulations.values(), outcome, batch, weighted=self.weight is not None
+        )
+        global_error, global_agrees = sums.global_error(outcome, seen)
         scalars["parity/global_error"] = global_error
         self.mass_error = max(self.mass_error, mass_error)
         self.global_error = max(self.global_error, global_error)
@@ -195,6 +168,24 @@ class ParityMonitor(Callback):
             if self.config.policy == "warn":
                 log.warning(message)
         return scalars
+
+    def _compare_formulations(self, batch: Rows, probe: Rows) -> tuple[dict[str, float], list[str]]:
+        """Scalars of each formulation, and which disagree."""
+        scalars: dict[str, float] = {}
+        disagreeing = []
+        for name, formulation in self.formulations.items():
+            agreement = compare(formulation, batch, probe)
+            self.worst[name].add(agreement)
+            scalars |= {
+                f"parity/{name}/loss_error": agreement.loss_error,
+                f"parity/{name}/grad_error": agreement.grad_error,
+                f"parity/{name}/ratio": agreement.ratio,
+                f"parity/{name}/nonfinite": float(agreement.nonfinite),
+            }
+            if not agreement.agree:
+                disagreeing.append(f"{name} (error {agreement.ratio:.3g} times its bound)")
+        scalars["parity/max_ratio"] = max(scalars[f"parity/{n}/ratio"] for n in self.formulations)
+        return scalars, disagreeing
 
     def _follow(
         self, watch: Watch, seen: Seen, outcome: StepOutcome, batch: Rows, probe: Rows
@@ -251,52 +242,6 @@ class ParityMonitor(Callback):
             label_smoothing=self.label_smoothing,
         )
         return Rows(logits, target, exact)
-
-    def _mass_error(self, outcome: StepOutcome, batch: Rows) -> tuple[float, bool]:
-        """Largest difference between a mass that was used and the oracle's, and the verdict."""
-        logits, target, exact = batch
-        masses = torch.stack(
-            [
-                exact.mass,
-                *(f.mass(target, logits.dtype).double() for f in self.formulations.values()),
-            ]
-        )
-        rows = torch.tensor([len(target)], dtype=torch.float64, device=masses.device)
-        *summed, count = collectives.sum_over_ranks(torch.cat([masses, rows])).tolist()
-        error = max(abs(mass - summed[0]) for mass in (*summed[1:], outcome.mass))
-        if self.weight is None:
-            return error, error == 0
-        # Each rank's sum of weights rounds once per row.
-        return error, error <= count * torch.finfo(logits.dtype).eps * summed[0]
-
-
-def _global_error(outcome: StepOutcome, seen: Seen) -> tuple[float, bool]:
-    """The loss that trained against the loss of the gathered global batch on one rank."""
-    outputs, criterion = seen.outputs, seen.criterion
-    everything = outputs.with_rows(collectives.gather_rows(outputs.rows))  # [N, K] or [N, D]
-    target = collectives.gather_rows(seen.target)
-    with torch.no_grad():
-        losses = criterion.per_sample(everything, target)  # [N]
-    mass = criterion.mass(target, losses.dtype)
-    error = abs(outcome.loss - reduction.mean(losses.sum(), mass).item())
-    # Any two orders of summation differ by at most N · eps · sum of |terms|.
-    scale = reduction.mean(losses.abs().sum(), mass).item()
-    bound = len(losses) * torch.finfo(losses.dtype).eps * scale
-    return error, error <= bound + _recomputation(everything)
-
-
-def _recomputation(outputs: Outputs) -> float:
-    """How far a row's loss may move, in nats, because its logits were made among other rows.
-
-    Each product of a row and a class rounds D times (Higham, "Accuracy and stability", 2002,
-    section 3.1), and a row's loss moves by twice the largest of them at most.
-    """
-    weight = outputs.head().get(HEAD_WEIGHT)
-    if weight is None or not len(outputs.rows):
-        return 0.0
-    longest = outputs.rows.norm(dim=1).max() * weight.norm(dim=1).max()
-    eps = torch.finfo(torch.promote_types(outputs.rows.dtype, torch.float32)).eps
-    return float(2 * weight.shape[1] * eps * longest.item())
 
 
 def _with_options_of(
