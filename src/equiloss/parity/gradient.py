@@ -84,6 +84,8 @@ class Watch:
         self._brought: dict[nn.Parameter, list[Tensor]] = {
             p: [] for p in module.parameters() if p.requires_grad
         }
+        self._given: dict[nn.Parameter, Tensor] = {}
+        module.step.before_update = self._note_given
         self._hooks: list[Any] = [module.criterion.register_forward_pre_hook(self._see)]
         for parameter, parts in self._brought.items():
             hook = parameter.register_hook(partial(_keep, parts))  # type: ignore[no-untyped-call]
@@ -104,8 +106,12 @@ class Watch:
             keep = partial(self._arrived.__setitem__, place)
             self._hooks.append(rows.register_hook(keep))  # type: ignore[no-untyped-call]
 
+    def _note_given(self) -> None:
+        self._given = {p: p.grad.clone() for p in self._brought if p.grad is not None}
+
     def close(self) -> None:
         """Watch no longer."""
+        self.module.step.before_update = None
         for hook in self._hooks:
             hook.remove()
 
@@ -164,7 +170,8 @@ class Watch:
             bound = eps * numbers * (1 + exact.spread) * terms
         expected, bound = expected * factor, bound * factor
         # The mass, the quotient and the product; weights are added up row by row.
-        rounded = (4 + len(target) * self._is_weighted) * eps
+        added = (len(target) + collectives.world_size()) * self._is_weighted
+        rounded = (4 + added) * eps
         if outputs.rows.dtype != wide:
             rounded += torch.finfo(outputs.rows.dtype).eps
         bound = bound + rounded * expected.abs().amax(-1)
@@ -197,7 +204,7 @@ class Watch:
             pairs = [_added(*pair) for pair in zip(parameters, parts, strict=True)]
             brought = collectives.sum_over_ranks(torch.cat(pairs, dim=1))
             total, size = brought * (factor / self._scale)
-            given = torch.cat([_flat(p.grad, p) for p in parameters])
+            given = torch.cat([_flat(self._given.get(p), p) for p in parameters])
             passes = max(map(len, parts))
             # Each addition over ranks and passes rounds, and so do mean, scale and clipping.
             bound = (world_size + passes + 4) * eps * size

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,6 +170,8 @@ class GlobalStep:
         self.clip_norm = clip_norm
         self.accumulated: Accumulated | None = None
         """Of the step under way, from its backward pass to the optimizer's own step."""
+        self.before_update: Callable[[], None] | None = None
+        """Called when the gradients are as the optimizer will read them."""
         self._outcome: StepOutcome | None = None
 
     def take(self, batch: Batch) -> StepOutcome:
@@ -212,6 +215,8 @@ class GlobalStep:
             raise NonFiniteError(self._diagnosis(self.accumulated, self._outcome))
         if self.clip_norm is not None:
             clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        if self.before_update is not None:
+            self.before_update()
 
     def _scaler_will_skip(self) -> bool:
         # float16 overflows in a healthy run: the scaler skips that step and lowers its scale.
