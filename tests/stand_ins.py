@@ -42,7 +42,8 @@ class Growing(Scaled):
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
-        if self.training:
+        # Not those that look at the network, or forward a row again.
+        if self.training and torch.is_grad_enabled():
             self.passes += 1
         return logits * self.gap if self.training and self.passes > self.at else logits
 
@@ -85,7 +86,7 @@ class Trips(ConvNet):
         self.rank, self.unless, self.kill, self.passes = str(rank), unless, kill, 0
 
     def forward(self, images: Tensor) -> Tensor:
-        self.passes += 1
+        self.passes += torch.is_grad_enabled()
         mine = os.environ.get("LOCAL_RANK") == self.rank
         if self.passes == 5 and mine and not Path(self.unless or "none").exists():
             note_the_time(self.unless)
@@ -121,7 +122,7 @@ class Sleeps(ConvNet):
     passes = 0
 
     def forward(self, images: Tensor) -> Tensor:
-        self.passes += self.training
+        self.passes += self.training and torch.is_grad_enabled()
         end = time.monotonic() + 60 * (self.passes == 4)
         while time.monotonic() < end:
             time.sleep(0.1)

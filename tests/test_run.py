@@ -67,6 +67,9 @@ def test_results_have_every_key(run_here: Run, tmp_path: Path) -> None:
     names = {f"train/{name}" for name in TRAIN_METRICS}
     names |= {f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS}
     names |= {"parity/max_ratio", "parity/global_error"}
+    followed = {"gradient_ratio", "sum_ratio", "row_ratio", "ranks_differ"}
+    names |= {f"parity/{figure}" for figure in followed}
+    assert followed | {"trained_ratio"} <= found["parity"].keys()
     for formulation in FORMULATIONS:
         keys = ("loss_error", "grad_error", "ratio", "nonfinite")
         names |= {f"parity/{formulation}/{key}" for key in keys}

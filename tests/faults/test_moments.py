@@ -14,7 +14,7 @@ import pytest
 
 from equiloss.invariance.interruption import bits
 from equiloss.records.results import Result
-from faults.forks import begin, output_of, server
+from forks import begin, output_of, server
 
 pytestmark = pytest.mark.moments
 

@@ -65,7 +65,7 @@ MISTAKES = [
     ("logger=wandb", ["logger=wandb", "not installed", "pip install wandb"]),
     (
         "model=torchvision trainer.reduction=bitwise data=synthetic data.options.size=32",
-        ["trainer.reduction=bitwise", "'resnet18'", "normalises over the batch"],
+        ["trainer.reduction=bitwise", "model=resnet18", "bn1 (BatchNorm2d)"],
     ),
     ("optimizer.name=sgdw", ["'sgdw'", "Did you mean 'SGD'?"]),
     ("scheduler.name=cosin", ["'cosin'", "Did you mean 'cosine'?"]),

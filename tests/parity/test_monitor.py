@@ -19,7 +19,7 @@ from equiloss.parity.monitor import ParityMonitor, Seen
 from equiloss.records.results import Result, read_metrics
 from equiloss.training.step import StepOutcome
 from rank_functions import run_in_rank
-from support import PYTHONPATH, QUIET, Install, Run, Train, composed
+from support import PYTHONPATH, QUIET, Install, Run, Train, composed, slow
 
 FAULTS = ("wrong_smoothing", "missing_weight", "extra_ignored_row")
 WEIGHT = [0.5, 1.6, 2.0, 1.5, 0.7, 1.0, 3.0, 1.0, 0.2, 1.1]
@@ -204,7 +204,9 @@ def test_a_run_agrees_at_its_first_and_at_its_last_step(
     assert result.parity["steps"] == 3  # steps 0, 50 and the last
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision", ["32-true", pytest.param("64-true", marks=slow), "bf16-mixed"]
+)
 def test_a_run_on_two_processes_agrees(precision: str, tmp_path) -> None:
     config = composed(
         "trainer=ddp_cpu",
@@ -242,7 +244,7 @@ def test_a_run_finds_faults_at_its_first_and_at_its_last_step(run_here: Run, tmp
         assert ratios[-1] > 100
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=slow), 2])
 def test_a_run_that_strict_parity_stops_leaves_its_verdict(
     devices: int, install: Install, train: Train, tmp_path: Path
 ) -> None:

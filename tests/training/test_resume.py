@@ -125,7 +125,9 @@ def assert_same(directory: Path, reference: Path) -> None:
         assert getattr(ours, part) == getattr(theirs, part), part
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
+@pytest.mark.parametrize(
+    "step", [pytest.param(step, marks=[slow] * (step % 2)) for step in range(1, STEPS)]
+)
 def test_from_any_step(step: int, whole: Path, tmp_path: Path) -> None:
     result = stopped_and_continued(tmp_path, StopBefore(step))
     assert_same(tmp_path, whole)
