@@ -77,7 +77,7 @@ def keyed_uniform(
     return _uniform(keyed_bits(seed, epoch, index, draws, stream=stream))
 
 
-def below(p: float, keys: Tensor, number: int, draws: int) -> Tensor:
+def keyed_bernoulli(p: float, keys: Tensor, number: int, draws: int) -> Tensor:
     """Events of probability p, [N, draws] bool, from keys [N] that are hashes themselves.
 
     Args:

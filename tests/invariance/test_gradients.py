@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from equiloss.distributed.process_groups import run_ranks
-from equiloss.invariance import gradients, normalisation, steps
+from equiloss.invariance import batch_norm, gradients, steps
 from equiloss.invariance.cells import CONTROL_AT_LEAST
 from support import slow
 
@@ -50,6 +50,6 @@ def test_slices_and_micro_batches_are_what_the_table_says() -> None:
 
 
 def test_batch_norm_over_ranks_is_that_of_one_device() -> None:
-    part = normalisation.measure((3,))["batch_norm"]
+    part = batch_norm.measure((3,))["batch_norm"]
     assert part.holds
     assert sum(cell.control_differs for cell in part.cells) == 4

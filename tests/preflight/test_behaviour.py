@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -18,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from equiloss import randomness
 from equiloss.models.dropout import RowKeys, key_dropout
 from equiloss.models.networks import MLP, ConvNet
-from equiloss.preflight.behaviour import Effect, look
+from equiloss.preflight.behaviour import Effect, by_row, look
 
-DRAWS, NEIGHBOURS, LEARNS, COUNTS, REMEMBERS, EVALUATION = Effect
+DRAWS, NEIGHBOURS, LEARNS, COUNTS, REMEMBERS, EVALUATION, UNKNOWN = Effect
 
 
 class Own(nn.Module):
@@ -181,8 +182,13 @@ EFFECTS: dict[str, tuple[Callable[[], nn.Module], set[Effect], str]] = {
         {NEIGHBOURS},
         "the network itself (Own)",
     ),
-    "a sum up to the row": (
-        lambda: Own(lambda _, x: x + x.flip(0).cumsum(0).flip(0)),
+    "a sum of the rows before": (
+        lambda: Own(lambda _, x: x.cumsum(0)),
+        {NEIGHBOURS, EVALUATION},
+        "the network itself (Own)",
+    ),
+    "a sum of the rows after": (
+        lambda: Own(lambda _, x: x.flip(0).cumsum(0).flip(0)),
         {NEIGHBOURS, EVALUATION},
         "the network itself (Own)",
     ),
@@ -244,6 +250,12 @@ class FrozenStatistics(nn.BatchNorm2d):
         return super().train(mode=False)
 
 
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
 def makes_float32(own: Any, x: Tensor) -> Tensor:
     return F.linear(x.float(), own.scale)
 
@@ -258,6 +270,9 @@ INVARIANT: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: stacked(nn.Dropout(0.5)),
     "weight norm": lambda: nn.Sequential(
         nn.Flatten(), parametrizations.weight_norm(nn.Linear(16, 3))
+    ),
+    "weight norm that cannot be copied": lambda: nn.Sequential(
+        nn.Flatten(), old_weight_norm(nn.Linear(16, 3))
     ),
     "orthogonal": lambda: nn.Sequential(
         nn.Flatten(), parametrizations.orthogonal(nn.Linear(16, 3))
@@ -311,12 +326,17 @@ class Centred(nn.Module):
         return x - x.mean(0)
 
 
-def test_the_network_and_the_generators_are_left_as_they_were() -> None:
+@pytest.mark.parametrize("copies", [True, False])
+def test_the_network_and_the_generators_are_left_as_they_were(
+    copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(stacked(nn.BatchNorm2d(8), nn.RReLU()))
+    if not copies:
+        monkeypatch.delattr("equiloss.preflight.behaviour.copy.deepcopy")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before = randomness.state(torch.device("cpu"))
-    look(model, images, RowKeys(0))
+    assert {each.effect for each in look(model, images, RowKeys(0))} == {DRAWS, NEIGHBOURS, LEARNS}
     after = randomness.state(torch.device("cpu"))
     assert torch.equal(before.pop("torch"), after.pop("torch"))
     assert before == after
@@ -324,9 +344,11 @@ def test_the_network_and_the_generators_are_left_as_they_were() -> None:
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
-def test_what_cannot_be_looked_at_is_left_to_the_run() -> None:
+def test_what_cannot_be_looked_at_is_unknown_and_what_cannot_be_read_is_left_to_the_run() -> None:
     def unreadable(_: int) -> Tensor:
         raise OSError("no such file")
 
     assert look(stacked(nn.RReLU()), unreadable, RowKeys(0)) == []
-    assert look(nn.Linear(3, 3), images, RowKeys(0)) == []
+    found = look(nn.Linear(3, 3), images, RowKeys(0))
+    assert found == [(UNKNOWN, "the network itself (Linear)", False)]
+    assert not by_row(found)

@@ -176,8 +176,7 @@ def invariance(
         list[str] | None,
         typer.Option(
             help="Only this part: gradients, batch_norm, trajectories, order, evaluation or "
-            "interruptions. "
-            "May be given several times."
+            "interruptions. May be given several times."
         ),
     ] = None,
 ) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config import Config, TrainerConfig
 from equiloss.config.checks import check_plain, require
-from equiloss.config.training import better
+from equiloss.config.training import mode_of
 from equiloss.errors import ConfigError
 
 # What only a person sees: a completed run is the same run without it.
@@ -108,7 +108,7 @@ def _write_out_modes(plain: dict[str, Any]) -> None:
     """Store the mode that follows from a metric, as earlier versions did."""
     for group in plain.keys() & {"checkpoint", "early_stopping"}:
         if plain[group].get("mode") is None and "monitor" in plain[group]:
-            plain[group] = {**plain[group], "mode": better(str(plain[group]["monitor"]))}
+            plain[group] = {**plain[group], "mode": mode_of(str(plain[group]["monitor"]))}
 
 
 @cache

@@ -11,10 +11,10 @@ from equiloss.errors import choose
 SPLIT_METRICS = ("loss", "nll", "acc", "balanced_acc", "acc_top5", "ece")
 
 
-def better(metric: str) -> str:
+def mode_of(metric: str) -> str:
     """Whether a smaller or a larger value of a metric is better: min | max.
 
-    >>> better("val/acc_top5"), better("test/nll")
+    >>> mode_of("val/acc_top5"), mode_of("test/nll")
     ('max', 'min')
     """
     return "max" if "acc" in metric else "min"
@@ -26,8 +26,8 @@ def _check_monitor(group: str, monitor: str, mode: str | None) -> None:
     if mode is not None:
         choose(f"{group}.mode", mode, ("min", "max"))
         require(
-            mode == better(monitor),
-            f"{group}.mode={mode} would keep the worst {monitor}: it is {better(monitor)}, also "
+            mode == mode_of(monitor),
+            f"{group}.mode={mode} would keep the worst {monitor}: it is {mode_of(monitor)}, also "
             "where it is left out",
         )
 

@@ -60,7 +60,7 @@ def max_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def share_of_first(tensors: Iterable[Tensor]) -> None:
+def broadcast_from_first(tensors: Iterable[Tensor]) -> None:
     """Give every rank the first rank's values, in place."""
     if world_size() > 1:
         for tensor in tensors:

@@ -11,10 +11,10 @@ import torch
 
 from equiloss.errors import choose
 from equiloss.invariance import (
+    batch_norm,
     evaluation,
     gradients,
     interruption,
-    normalisation,
     order,
     trajectories,
 )
@@ -24,7 +24,7 @@ from equiloss.records.results import environment
 
 PARTS: dict[str, Callable[[Path], dict[str, Part]]] = {
     "gradients": lambda _: gradients.measure(),
-    "batch_norm": lambda _: normalisation.measure(),
+    "batch_norm": lambda _: batch_norm.measure(),
     "trajectories": trajectories.measure,
     "order": order.measure,
     "evaluation": evaluation.measure,

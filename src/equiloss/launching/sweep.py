@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from equiloss.config.training import better
+from equiloss.config.training import mode_of
 from equiloss.distributed import membership
 from equiloss.errors import UserError
 from equiloss.launching.composition_errors import explain
@@ -31,7 +31,7 @@ def direction(sweeper: Any, objective: str) -> str:
     """Whether a sweep's objective is to become small or large: minimize | maximize."""
     configured = sweeper.get("direction")
     if configured is None:
-        return f"{better(objective)}imize"
+        return f"{mode_of(objective)}imize"
     return str(configured)
 
 

@@ -157,7 +157,10 @@ class Criterion(nn.Module):
         return losses
 
     def exact_sum(self, logits: Tensor | Outputs, target: Tensor) -> LossSum:
-        """The same two sums in float64, of what each row is in the promoted dtype."""
+        """As calling it does, with both sums in float64: what rows are is promoted as ever.
+
+        So the sums of many batches [N, C], [N] add up without a rounding of their own.
+        """
         losses = self.per_sample(logits, target)  # [N]
         masses = self._masses(target, losses.dtype)
         return LossSum(losses.double().sum(), masses.double().sum())

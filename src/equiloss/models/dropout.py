@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from equiloss.randomness import Stream, below, keyed_bits
+from equiloss.randomness import Stream, keyed_bernoulli, keyed_bits
 
 
 class RowKeys:
@@ -78,19 +78,19 @@ class KeyedDropout(nn.Dropout):
                 f"dropout on {list(input.shape)} in a forward pass of {len(keys)} rows: its first "
                 "axis must be the rows'"
             )
-        draw = _opaque_below if torch.compiler.is_compiling() else below
+        draw = _opaque_bernoulli if torch.compiler.is_compiling() else keyed_bernoulli
         dropped = draw(self.p, keys, self.layer, math.prod(input.shape[1:]))  # [n, values]
         kept = (~dropped).view(input.shape).to(input.dtype)
         return input * kept * (1 / (1 - self.p) if self.p < 1 else 0.0)
 
 
-@torch.library.custom_op("equiloss::below", mutates_args=())
-def _opaque_below(p: float, keys: Tensor, number: int, draws: int) -> Tensor:
-    """`below`, as the compiler takes it: it makes code of it that crashes or refuses to be made."""
-    return below(p, keys, number, draws)
+@torch.library.custom_op("equiloss::keyed_bernoulli", mutates_args=())
+def _opaque_bernoulli(p: float, keys: Tensor, number: int, draws: int) -> Tensor:
+    """`keyed_bernoulli` as one operator: compiled for a CPU its parts crash, or cannot be built."""
+    return keyed_bernoulli(p, keys, number, draws)
 
 
-@_opaque_below.register_fake
+@_opaque_bernoulli.register_fake
 def _(_p: float, keys: Tensor, _number: int, draws: int) -> Tensor:
     return keys.new_empty((keys.shape[0], draws), dtype=torch.bool)
 

@@ -27,6 +27,7 @@ from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Outputs
 from equiloss.parity.agreement import peak
 from equiloss.parity.oracle import Oracle
+from equiloss.records.results import FOLLOWED, beyond_bound
 
 if TYPE_CHECKING:
     from equiloss.data.sources import Batch
@@ -49,16 +50,10 @@ class Followed(NamedTuple):
     ranks_differ: float = 0.0
     """Parameters and buffers that are not the same bits on every rank."""
 
-    def disagreeing(self) -> Iterator[str]:
-        """What is beyond its bound, in words."""
-        if not self.gradient_ratio <= 1:
-            yield f"the gradient at the logits ({self.gradient_ratio:.3g} times its bound)"
-        if not self.sum_ratio <= 1:
-            yield f"the gradient's sum over ranks ({self.sum_ratio:.3g} times its bound)"
-        if not self.row_ratio <= 1:
-            yield f"a row that was forwarded again ({self.row_ratio:.3g} times half its digits)"
-        if self.ranks_differ:
-            yield f"the ranks' weights ({self.ranks_differ:.0f} tensors)"
+    def disagreeing(self) -> list[str]:
+        """What is beyond its bound, in words, with its figure."""
+        figures = self._asdict()
+        return [f"{FOLLOWED[name]} ({figures[name]:.3g})" for name in beyond_bound(figures)]
 
     def worst(self, other: Followed) -> Followed:
         """The larger of each figure."""

@@ -210,7 +210,7 @@ class ParityMonitor(Callback):
             "trained_ratio": self.trained_ratio,
             "steps": self.steps,
             "agree": self.sums_agree
-            and not any(self.followed.disagreeing())
+            and not self.followed.disagreeing()
             and all(worst.agree for worst in self.worst.values()),
         }
 

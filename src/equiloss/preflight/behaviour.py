@@ -24,6 +24,8 @@ from equiloss.models.dropout import RowKeys
 
 CPU = torch.device("cpu")
 ROWS = 3
+# The row whose way is followed has one before it and one after: attention, say, may be causal.
+FOLLOWED = 1
 
 
 class Effect(StrEnum):
@@ -41,6 +43,8 @@ class Effect(StrEnum):
     """The same training pass gives other logits the second time."""
     EVALUATION = "evaluation"
     """A row's logits in evaluation are others the second time, or beside other rows."""
+    UNKNOWN = "unknown"
+    """It could not pass the rows, so that nothing was seen."""
 
 
 class Found(NamedTuple):
@@ -55,17 +59,16 @@ class Found(NamedTuple):
 
 def by_row(found: Iterable[Found]) -> bool:
     """Whether a row's logits in training are a function of the row and the weights alone."""
-    return {Effect.DRAWS, Effect.NEIGHBOURS, Effect.REMEMBERS}.isdisjoint(
-        each.effect for each in found
-    )
+    others = {Effect.DRAWS, Effect.NEIGHBOURS, Effect.REMEMBERS, Effect.UNKNOWN}
+    return others.isdisjoint(each.effect for each in found)
 
 
 def look(
     model: nn.Module, example_images: Callable[[int], Tensor], row_keys: RowKeys
 ) -> list[Found]:
-    """Watch a network with some images; it is left as it was, and generators too.
+    """Watch a network with some images; its buffers and the generators are left as they were.
 
-    Images that cannot be read, and a network that they cannot pass, are left to the run to tell.
+    Images that cannot be read are left to the run to tell.
 
     Args:
         model: Images [n, C, H, W] -> logits [n, K].
@@ -77,28 +80,40 @@ def look(
     >>> [(each.effect.value, each.module) for each in found]
     [('neighbours', '1 (BatchNorm1d)'), ('learns', '1 (BatchNorm1d)')]
     """
-    generators = randomness.state(CPU)
     try:
-        # A network of one's own may make tensors of float32: then it is watched as it is.
-        for dtype in (torch.float64, None):
+        images = example_images(ROWS)
+    except Exception:  # whatever a source of one's own raises, its loader will name it
+        return []
+    generators, training = randomness.state(CPU), model.training
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def copied() -> nn.Module:
+        # Keys are bound to the object that the run has.
+        return copy.deepcopy(model, {id(row_keys): row_keys})
+
+    # Some networks make tensors of float32, and some, with torch's older weight norm, have no copy.
+    subjects: list[Callable[[], nn.Module]] = [
+        lambda: copied().to(torch.float64),
+        copied,
+        lambda: model,
+    ]
+    try:
+        for subject in subjects:
             with suppress(Exception), torch.no_grad():
-                watched = _copied(model, row_keys, dtype)
-                own = next((p.dtype for p in watched.parameters()), torch.float32)
-                images = example_images(ROWS).to(own)
-                return list(_Watch(watched, images, row_keys).effects())
+                watched = subject()
+                dtype = next((p.dtype for p in watched.parameters()), torch.float32)
+                return list(_Watch(watched, images.to(dtype), row_keys).effects())
     finally:
         randomness.restore(generators, CPU)
-    return []
-
-
-def _copied(model: nn.Module, row_keys: RowKeys, dtype: torch.dtype | None) -> nn.Module:
-    # Keys are bound to the object that the run has.
-    watched = copy.deepcopy(model, {id(row_keys): row_keys})
-    return watched if dtype is None else watched.to(dtype)
+        model.train(training)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return [Found(Effect.UNKNOWN, _named("", model))]
 
 
 class _Seen(NamedTuple):
-    """A tensor on its way through a network: the first row that a module is given, or gives."""
+    """A tensor on its way through a network: the followed row as a module is given, or gives it."""
 
     module: str
     row: Tensor | None
@@ -119,8 +134,9 @@ class _Watch:
     def __init__(self, model: nn.Module, images: Tensor, row_keys: RowKeys) -> None:
         self.model = model
         self.images = images
-        # The first row stays; an affine change of the others changes what is taken of a batch.
-        self.beside_others = torch.cat([images[:1], 1.5 * images[1:] + 0.5])
+        # An affine change of the other rows changes what is taken of a batch.
+        self.beside_others = 1.5 * images + 0.5
+        self.beside_others[FOLLOWED] = images[FOLLOWED]
         self.row_keys = row_keys
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self.generators = randomness.state(CPU)
@@ -130,13 +146,13 @@ class _Watch:
         first = self._train(self.images)
         changed = self._changed()
         others = self._train(self.beside_others)
-        learned = {name for name in changed if not _same(changed[name], self._buffer(name))}
+        learned = [n for n in changed if not _same(changed[n], self.model.get_buffer(n))]
         drew = first.seen[-1].drew
         if drew:
             yield Found(Effect.DRAWS, next(each.module for each in first.seen if each.drew))
         yield from self._of_training(first, others, drew=drew)
         for effect, names in (
-            (Effect.LEARNS, [name for name in changed if name in learned]),
+            (Effect.LEARNS, learned),
             (Effect.COUNTS, [name for name in changed if name not in learned]),
         ):
             owners = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in names}
@@ -146,23 +162,23 @@ class _Watch:
                 name = (plain or names)[0]
                 yield Found(effect, _named(name.rpartition(".")[0], owners[name]), not plain)
         first, others = self._evaluate(self.images), self._evaluate(self.beside_others)
-        if not _same(first.logits[0], others.logits[0]):
-            yield Found(Effect.EVALUATION, _parting(first, others))
+        if not _same(first.logits[FOLLOWED], others.logits[FOLLOWED]):
+            yield Found(Effect.EVALUATION, self._parting(first, others))
 
     def _of_training(self, first: _Pass, others: _Pass, *, drew: bool) -> Iterator[Found]:
-        if not _same(first.logits[0], others.logits[0]):
+        if not _same(first.logits[FOLLOWED], others.logits[FOLLOWED]):
             again = self._train(self.images)
             if not _same(first.logits, again.logits):
-                yield Found(Effect.REMEMBERS, _parting(first, again))
+                yield Found(Effect.REMEMBERS, self._parting(first, again))
                 return
             with _evaluating(self.model, _BatchNorm):
                 plain = [self._train(rows) for rows in (self.images, self.beside_others)]
-            batch_norm = _same(plain[0].logits[0], plain[1].logits[0])
-            yield Found(Effect.NEIGHBOURS, _parting(first, others), batch_norm)
+            batch_norm = _same(plain[0].logits[FOLLOWED], plain[1].logits[FOLLOWED])
+            yield Found(Effect.NEIGHBOURS, self._parting(first, others), batch_norm)
         elif not drew:  # another number of rows draws other numbers
             part = self._train(self.images[:-1])
             if not _same(first.logits[:-1], part.logits):
-                yield Found(Effect.NEIGHBOURS, _parting(first, part))
+                yield Found(Effect.NEIGHBOURS, self._parting(first, part))
 
     def _train(self, images: Tensor) -> _Pass:
         """A training pass from the same state of buffers and generators."""
@@ -185,8 +201,11 @@ class _Watch:
             if not torch.equal(buffer, self.buffers[name])
         }
 
-    def _buffer(self, name: str) -> Tensor:
-        return self.model.get_buffer(name)
+    def _parting(self, one: _Pass, other: _Pass) -> str:
+        """The innermost module in which the followed row's way parts in two passes."""
+        pairs = zip(one.seen, other.seen, strict=False)
+        parted = (a.module for a, b in pairs if not _same(a.row, b.row))
+        return next(parted, _named("", self.model))
 
     def _traced(self, images: Tensor) -> _Pass:
         """A pass, and what goes into and comes out of each module, in the order of time."""
@@ -196,7 +215,8 @@ class _Watch:
 
         def note(module: str, value: Any) -> None:
             value = value[0] if isinstance(value, tuple) and value else value
-            row = value[0].clone() if isinstance(value, Tensor) and len(value) else None
+            has_row = isinstance(value, Tensor) and value.dim() > 0 and len(value) > FOLLOWED
+            row = value[FOLLOWED].clone() if has_row else None
             seen.append(_Seen(module, row, _generators() != began))
 
         def enter(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -219,12 +239,6 @@ class _Watch:
             for hook in hooks:
                 hook.remove()
         return _Pass(logits.clone(), seen)
-
-
-def _parting(one: _Pass, other: _Pass) -> str:
-    """The innermost module in which the first row's way parts in two passes."""
-    pairs = zip(one.seen, other.seen, strict=False)
-    return next(a.module for a, b in pairs if not _same(a.row, b.row))
 
 
 def _generators() -> tuple[Any, ...]:

@@ -33,6 +33,7 @@ MEANINGS = {
         "evaluates a sample differently from pass to pass, or beside other samples",
         (DEVICES, "data.eval_batch_size"),
     ),
+    Effect.UNKNOWN: ("could not pass some images before the first step", TRAINING),
 }
 
 
@@ -96,7 +97,8 @@ def judge(config: Config, found: Sequence[Found], world_size: int) -> None:
         seeded = bitwise and effect == Effect.DRAWS  # for each shard
         if said or seeded or not (split - mended).intersection(keys):
             continue
-        line = f"{config.model.name}: {module} {sentence}: results depend on {' and '.join(keys)}"
+        depend = "may depend" if effect == Effect.UNKNOWN else "depend"
+        line = f"{config.model.name}: {module} {sentence}: results {depend} on {' and '.join(keys)}"
         if bitwise or config.parity.policy == "raise":
             rule = "trainer.reduction=bitwise" if bitwise else "parity.policy=raise"
             raise ConfigError(f"{rule} refuses model={line}")

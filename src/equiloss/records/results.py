@@ -61,6 +61,17 @@ def metric_names(formulations: Sequence[str]) -> list[str]:
     ]
 
 
+def beyond_bound(figures: Mapping[str, Any]) -> list[str]:
+    """Names of `FOLLOWED` whose figure is beyond its bound; null, where it was not finite, is.
+
+    >>> beyond_bound({"sum_ratio": 0.3, "row_ratio": None, "ranks_differ": 1.0})
+    ['row_ratio', 'ranks_differ']
+    """
+    bounds = {**dict.fromkeys(FOLLOWED, 1), "ranks_differ": 0}
+    found = {name: figures.get(name, 0.0) for name in FOLLOWED}
+    return [n for n, value in found.items() if value is None or not value <= bounds[n]]
+
+
 def beyond(parity: Mapping[str, Any]) -> list[str]:
     """What disagrees in `Result.parity` besides formulations, in words.
 
@@ -69,13 +80,11 @@ def beyond(parity: Mapping[str, Any]) -> list[str]:
     """
     if not parity or parity["agree"]:
         return []
-    found = {name: parity.get(name, 0.0) for name in FOLLOWED}  # null where it was not finite
-    wrong = {name for name, value in found.items() if value is None or value > 1}
-    wrong |= {"ranks_differ"} if found["ranks_differ"] else set()
+    wrong = [FOLLOWED[name] for name in beyond_bound(parity)]
     formulations = (each for each in parity.values() if isinstance(each, dict))
     if not wrong and all(each["agree"] for each in formulations):
         return ["mass or all-reduced loss"]
-    return [words for name, words in FOLLOWED.items() if name in wrong]
+    return wrong
 
 
 def read_metrics(directory: Path, name: str) -> list[float]:
@@ -111,8 +120,8 @@ class Result:
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, device, cpu, threads, git commit."""
     network: list[dict[str, Any]] = field(default_factory=list)
-    """What the network was seen to do that may depend on how the work is split: `effect`, and the
-    `module` that does it (see `equiloss.preflight.behaviour`)."""
+    """What the network was seen to do that may depend on how the work is split: `effect`, the
+    `module` that does it, and whether it is `batch_norm` alone (see `equiloss.preflight`)."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the metrics must know, such as that the best weights were lost."""
     error: str | None = None

@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from equiloss.config import CheckpointConfig
-from equiloss.config.training import better
+from equiloss.config.training import mode_of
 from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.reading import fits
@@ -152,11 +152,11 @@ class Checkpoints(Checkpoint):
             Interrupted: on every rank, where a signal has asked for it inside an epoch.
         """
         value = pl_module.progress.scalars[self.config.monitor]
-        sign = 1 if better(self.config.monitor) == "min" else -1
-        is_best = self.best is None or sign * value < sign * self.best
+        sign = 1 if mode_of(self.config.monitor) == "min" else -1
+        better = self.best is None or sign * value < sign * self.best
         if math.isnan(value):
-            is_best = not self._has_best
-        if is_best:
+            better = not self._has_best
+        if better:
             self._has_best = True
             self.best = None if math.isnan(value) else value
             with writing(self.best_path):

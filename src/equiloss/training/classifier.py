@@ -171,7 +171,7 @@ class Classifier(LightningModule):
 
     def on_validation_start(self) -> None:
         """Stop the clock, and evaluate the buffers that a checkpoint has: the first rank's."""
-        collectives.share_of_first(self.model.buffers())
+        collectives.broadcast_from_first(self.model.buffers())
         if self.trainer.state.fn == "fit":
             self.clock.lap(self.progress.counts)
 
@@ -182,7 +182,7 @@ class Classifier(LightningModule):
 
     def on_test_start(self) -> None:
         """Evaluate the buffers that a checkpoint has: the first rank's."""
-        collectives.share_of_first(self.model.buffers())
+        collectives.broadcast_from_first(self.model.buffers())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Evaluate this rank's slice of an evaluation batch."""

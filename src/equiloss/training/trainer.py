@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 
 from equiloss.config import Config
-from equiloss.config.training import better
+from equiloss.config.training import mode_of
 from equiloss.distributed import membership
 from equiloss.models import batch_norm
 from equiloss.training import progress_bar
@@ -122,7 +122,7 @@ def _configured_callbacks(config: Config, *, bar: bool) -> Iterator[Callback]:
     if stop.enabled:
         yield EarlyStopping(
             stop.monitor,
-            mode=better(stop.monitor),
+            mode=mode_of(stop.monitor),
             patience=stop.patience,
             min_delta=stop.min_delta,
         )

@@ -73,7 +73,7 @@ def cells() -> list[Cell]:
 def _over_ranks(passed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Gradient, which adds up, and running statistics, of which the first rank's are kept."""
     gradient, statistics = passed
-    collectives.share_of_first([statistics])
+    collectives.broadcast_from_first([statistics])
     return collectives.sum_over_ranks(gradient), statistics
 
 
