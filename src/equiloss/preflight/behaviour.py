@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from equiloss import randomness
+from equiloss.errors import UserError
 from equiloss.models.dropout import RowKeys
 
 CPU = torch.device("cpu")
@@ -99,10 +100,15 @@ def look(
     ]
     try:
         for subject in subjects:
-            with suppress(Exception), torch.no_grad():
-                watched = subject()
-                dtype = next((p.dtype for p in watched.parameters()), torch.float32)
-                return list(_Watch(watched, images.to(dtype), row_keys).effects())
+            try:
+                with torch.no_grad():
+                    watched = subject()
+                    dtype = next((p.dtype for p in watched.parameters()), torch.float32)
+                    return list(_Watch(watched, images.to(dtype), row_keys).effects())
+            except UserError:
+                raise  # a network that leaves the process, say: it is not for us to go on
+            except Exception:  # whatever a network of one's own raises
+                continue
     finally:
         randomness.restore(generators, CPU)
         model.train(training)
