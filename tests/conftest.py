@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import forks
 from equiloss.records.results import Result
 from support import PYTHONPATH, QUIET, ROOT, TESTS, Install, Run, Train, composed
 
@@ -22,7 +23,7 @@ collect_ignore = ["plugin"]
 @pytest.fixture(scope="session", autouse=True)
 def _ranks_are_forked_from_a_process_that_has_imported_everything() -> None:
     """Importing Lightning takes seconds, and hundreds of ranks would do so one by one."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["equiloss.run"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(forks.PRELOAD)
     forkserver.ensure_running()
 
 
@@ -40,18 +41,29 @@ def run_here(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
-    """Run `train.py` as a user does; returns the completed process."""
+    """Run `train.py` as a user does; returns the completed process.
+
+    In a fork of an interpreter that has imported everything, which spares the time; in one of its
+    own if it asks for that, or for variables of the environment, as the README's commands are.
+    """
 
     def call(
-        *arguments: str, timeout: float = 120, cwd: Path = tmp_path, **environment: str
+        *arguments: str,
+        timeout: float = 120,
+        cwd: Path = tmp_path,
+        anew: bool = False,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
+        variables = {**os.environ, "PYTHONPATH": PYTHONPATH, **environment}
+        if not (anew or environment):
+            return forks.completed(arguments, cwd=cwd, timeout=timeout, environment=variables)
         return subprocess.run(
             [sys.executable, str(ROOT / "train.py"), *arguments],
             capture_output=True,
             text=True,
             timeout=timeout,
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": PYTHONPATH, **environment},
+            env=variables,
             check=False,
         )
 

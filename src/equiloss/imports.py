@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +29,24 @@ def foreign_code() -> Iterator[None]:
         raise
     except BaseException as error:
         raise RuntimeError(f"it would end the process ({type(error).__name__}: {error})") from error
+
+
+def import_torchmetrics() -> None:
+    """Import torchmetrics, as Lightning does, without `scipy.signal`, which takes a second.
+
+    Where SciPy is installed torchmetrics looks there for one name, to mend it for a metric of
+    speech. It gets an empty module that has it; whoever imports `scipy.signal` gets the real one.
+    """
+    name = "scipy.signal"
+    if name in sys.modules or "torchmetrics" in sys.modules:
+        return
+    sys.modules[name] = stand_in = types.ModuleType(name)
+    stand_in.hamming = None  # type: ignore[attr-defined]
+    try:
+        importlib.import_module("torchmetrics")
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
 
 
 def import_target(target: str, key: str, error: type[UserError]) -> Callable[..., Any]:

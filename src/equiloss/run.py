@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
@@ -23,7 +22,7 @@ from equiloss.data.loader import naming_dead_workers
 from equiloss.distributed import collectives, interruption
 from equiloss.distributed.interruption import Interrupted
 from equiloss.losses.criterion import Criterion
-from equiloss.models.build import build_network, expose_head, lay_out
+from equiloss.models.build import build_network, expose_head, lay_out, parameter_dtype
 from equiloss.models.dropout import RowKeys
 from equiloss.parity.monitor import ParityMonitor
 from equiloss.preflight import configuration, network
@@ -37,11 +36,10 @@ from equiloss.training import checkpoint, optim
 from equiloss.training.checkpoint import Checkpoints
 from equiloss.training.classifier import Classifier
 from equiloss.training.evaluation_figures import EvaluationFigures
-from equiloss.training.trainer import make_trainer, quieten_lightning
+from equiloss.training.run_log import RunLog
+from equiloss.training.trainer import make_trainer, quieten_lightning, stopped_early
 
 log = logging.getLogger(__name__)
-
-PARAMETER_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 def run(resolved: ResolvedConfig, directory: Path, *, callbacks: Sequence[Callback] = ()) -> Result:
@@ -123,7 +121,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
         config.trainer, train_samples=len(splits.train), batch_size=config.data.batch_size
     )
     # Lightning would convert after it has loaded a checkpoint, and round float64 on the way.
-    dtype = PARAMETER_DTYPES.get(config.trainer.precision, torch.float32)
+    dtype = parameter_dtype(config.trainer.precision)
     classifier = Classifier(
         model.to(dtype),
         criterion.to(dtype),
@@ -141,6 +139,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     board = _board(resolved, directory, continued) if config.logger.tensorboard else None
     own = [
         EvaluationFigures(splits) if board else None,
+        RunLog(directory, resolved),
         monitor,
         checkpoints if config.task == "fit" else None,
     ]
@@ -219,6 +218,8 @@ def _result(parts: Parts, metrics: Mapping[str, float], started: float) -> Resul
         world_size=collectives.world_size(),
         segments=progress.segments,
         network=[each._asdict() for each in parts.found],
+        stopped_early=stopped_early(parts.trainer),
+        num_classes=parts.splits.num_classes,
         notes=progress.notes,
         timing={
             "startup_s": 0.0 if began is None else began - started,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from equiloss.launching import ranks
-from equiloss.launching.ledger import Ledger
+from equiloss.records.ledger import Ledger
 from equiloss.records.results import Result
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
 from processes import children, start, until_it_trains

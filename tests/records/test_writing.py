@@ -14,8 +14,8 @@ from lightning.pytorch import Trainer
 
 from equiloss.config import CheckpointConfig
 from equiloss.launching.composition_errors import explain
-from equiloss.launching.ledger import Ledger
 from equiloss.records.atomic import write_atomically
+from equiloss.records.ledger import Ledger
 from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.writing import FileError
 from equiloss.training.checkpoint import Checkpoints

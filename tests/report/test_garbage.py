@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from equiloss.cli.main import app
 from equiloss.errors import UserError
 from equiloss.launching import sweep_table
-from equiloss.launching.ledger import ATTEMPT, Ledger
+from equiloss.records.ledger import ATTEMPT, Ledger
 from equiloss.records.plots import draw_confusion, label
 from equiloss.records.run_dir import CONFIG, EVALUATION, LEDGER, METRICS, MULTIRUN, RESULTS
 from equiloss.report.compare import compare

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from equiloss.cli.main import app
 from equiloss.launching import command
-from equiloss.launching.ledger import ATTEMPT, Ledger
 from equiloss.launching.resume import claim
+from equiloss.records.ledger import ATTEMPT, Ledger
 from equiloss.records.run_dir import EVALUATION, METRICS, RESULTS
 from equiloss.report.compare import compare
 from equiloss.report.figures import PICTURES
@@ -200,4 +200,4 @@ def test_a_sweep_that_parity_stopped_altogether_is_reported(
     ledger.begin("first", jobs=1, objective="val/nll", direction="minimize")
     ledger.add(0, "strict", "failed", error=error)
     assert command._close(tmp_path, ledger.newest("first")) == 1
-    assert "verdict: differs\n- Lockstep (same logits, 1 checks" in capsys.readouterr().out
+    assert "verdict: differs; off in strict\n" in capsys.readouterr().out

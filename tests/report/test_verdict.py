@@ -37,6 +37,8 @@ def test_match(tmp_path: Path) -> None:
     assert verdict.word == "match"
     assert verdict.wrong == []
     assert "24 checks in 12 runs" in verdict.lines[0]
+    steps = "verdict: match; runs that differ in formulations alone take the same steps; the three "
+    assert verdict.headline.startswith(f"{steps}formulations agree on every run's logits (24 ")
 
 
 def test_a_formulation_that_disagreed_is_named(tmp_path: Path) -> None:
@@ -108,7 +110,11 @@ def test_losses_that_are_not_formulations_of_one_function_are_no_pair(tmp_path: 
     write_run(tmp_path / "b", "margin", precision="64-true", shift=0.5)
     comparison = compare(find_runs([tmp_path]))
     assert comparison.pairs == []
-    assert comparison.verdict.word == "match"
+    assert comparison.verdict.word == "agree"
+    assert comparison.verdict.headline == (
+        "verdict: the three formulations agree on every run's logits (4 checks, largest error 0.1 "
+        "of its bound)"
+    )
 
 
 def test_an_option_that_is_on_makes_another_function(tmp_path: Path) -> None:

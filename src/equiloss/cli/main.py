@@ -12,6 +12,7 @@ import typer
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -204,7 +205,8 @@ def sweep(
     jobs, line = sweep_table.table(directory)
     console = Console()
     console.print(jobs)
-    console.print(plain(line), soft_wrap=True)
+    for said in (line, *sweep_table.summary(directory)):
+        console.print(plain(said), soft_wrap=True)
 
 
 @app.command()
@@ -223,12 +225,14 @@ def report(
 
     comparison = write_report(directories, output)
     head, rows = table(comparison)
-    metrics = Table(*(name.replace("test/", "test ") for name in head[:5]))
+    metrics = Table(*head[:6], box=box.SIMPLE_HEAD)
     for row in rows:
-        metrics.add_row(*map(plain, row[:5]))
+        metrics.add_row(*map(plain, row[:6]))
     console = Console()
     console.print(metrics)
     for place, why in comparison.run_set.skipped.items():
         print(printable(f"skipped {place}: {why}"), file=sys.stderr)
     console.print(Text(str(comparison.verdict)), soft_wrap=True)
-    console.print(plain(f"report: {output or directories[0] / 'report'}/report.md"), soft_wrap=True)
+    for line in comparison.summary(output or directories[0] / "report"):
+        if not line.startswith(("verdict: ", "Careful: ")):
+            console.print(plain(line), soft_wrap=True)

@@ -69,6 +69,9 @@ class Config:
     """Seed of weights, order and augmentation."""
     ckpt_path: str | None = None
     """Checkpoint to evaluate (task=validate or test)."""
+    run: str | None = None
+    """Directory of a run to evaluate by its own configuration (task=validate or test); keys and
+    groups on the command line change it, and ckpt_path is its tested weights unless set."""
     resume: str = "auto"
     """auto | never: continue the interrupted run that a directory holds, or refuse to touch it."""
     in_use: str = "refuse"
@@ -93,6 +96,6 @@ class Config:
         require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), got {self.seed}")
         require(
             (self.ckpt_path is None) == (self.task == "fit"),
-            "ckpt_path names the checkpoint for task=validate and task=test, and only there: "
-            f"task={self.task} ckpt_path={self.ckpt_path}",
+            "ckpt_path names the checkpoint for task=validate and task=test, and only there (or "
+            f"run= the directory of its run): task={self.task} ckpt_path={self.ckpt_path}",
         )

@@ -15,10 +15,12 @@ from rich.console import Console
 from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import printable
-from equiloss.launching import launch, streams, sweep_table
+from equiloss.launching import streams, sweep_table
 from equiloss.launching.composition_errors import check_words, explain, mendable
-from equiloss.launching.ledger import ATTEMPT, SWEEP, Entry
+from equiloss.launching.console import plain
+from equiloss.launching.job import TRACEBACKS
 from equiloss.launching.sweep import current_sweep
+from equiloss.records.ledger import ATTEMPT, SWEEP, Entry
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -35,7 +37,7 @@ def main(application: Callable[[], Any]) -> None:
     variables = {
         # Hydra then raises its errors, so that they can be shown in one line.
         FULL_ERROR: "1",
-        launch.TRACEBACKS: full_error or "0",
+        TRACEBACKS: full_error or "0",
         # Those of a sweep whose job gives this command are none of its own.
         SWEEP: None,
         ATTEMPT: None,
@@ -73,24 +75,25 @@ def _close(sweep_dir: Path, entries: dict[int, Entry]) -> int:
         cause = entry.error or "it ended without a word"
         print(printable(f"error: job {job} ({entry.directory}): {cause}"), file=sys.stderr)
     if entries:
+        console = Console()
         jobs, _ = sweep_table.table(sweep_dir)
-        Console().print(jobs)
+        console.print(jobs)
         # Of failed runs too: parity may be what stopped them all.
-        _report_on(sweep_dir)
+        for line in (*_report_on(sweep_dir), *sweep_table.summary(sweep_dir)):
+            console.print(plain(line), soft_wrap=True)
     print(f"sweep directory: {sweep_dir} ({len(entries) - len(failed)} of {len(entries)} done)")
     return 1 if failed else 0
 
 
-def _report_on(sweep_dir: Path) -> None:
+def _report_on(sweep_dir: Path) -> list[str]:
     """Compare a sweep's runs. Whatever the report makes of them, they are done."""
     from equiloss.report.page import write_report
 
     try:
-        print(write_report([sweep_dir]).verdict)
+        return write_report([sweep_dir]).summary(sweep_dir / "report")
     except Exception as error:
         print(f"warning: no report: {explain(error)}", file=sys.stderr)
-        return
-    print(f"report: {sweep_dir / 'report' / 'report.md'}")
+        return []
 
 
 @contextmanager

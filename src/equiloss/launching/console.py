@@ -5,7 +5,6 @@ Without Lightning, which takes seconds to import: a process that supervises rank
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.text import Text
 from equiloss.config import SPLIT_METRICS
 from equiloss.errors import printable
 from equiloss.records.results import Result, beyond
-from equiloss.records.run_dir import TRAIN_LOG
+from equiloss.records.run_log import append
 
 
 def plain(text: str) -> Text:
@@ -33,9 +32,20 @@ def show(result: Result, run_dir: Path) -> None:
     for split in splits:
         table.add_column(split, justify="right")
     for name in SPLIT_METRICS:
+        if name == "acc_top5" and (result.num_classes or 6) <= 5:
+            continue  # every class is among the first five
         table.add_row(name, *(_readable(name, result.metrics.get(f"{s}/{name}")) for s in splits))
     console.print(table)
     console.print(plain(verdict(result.parity)), soft_wrap=True)
+    if stop := result.stopped_early:
+        best = f" in epoch {stop['best_epoch']}" if stop["best_epoch"] else ""
+        console.print(
+            f"stopped early, in epoch {stop['epoch']} of {stop['of_epochs']}: {stop['monitor']} "
+            f"was best{best} ({stop['best']:.4g}), and has not improved in "
+            f"{stop['validations_without_improvement']} validations since",
+            highlight=False,
+            soft_wrap=True,
+        )
     timing = result.timing
     if timing.get("train_s"):
         console.print(
@@ -47,8 +57,7 @@ def show(result: Result, run_dir: Path) -> None:
         )
     for line in (f"run directory: {run_dir}", f"look at it:    tensorboard --logdir {run_dir}"):
         console.print(plain(line), soft_wrap=True)
-    with suppress(OSError), (run_dir / TRAIN_LOG).open("a", encoding="utf-8") as log:
-        log.write(console.export_text())
+    append(run_dir, console.export_text())
 
 
 def _readable(name: str, value: float | None) -> str:

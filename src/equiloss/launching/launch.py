@@ -13,35 +13,31 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from equiloss.config.resolved import ResolvedConfig, resolve
 from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import OUT_OF_TIME, Interrupted
 from equiloss.errors import UserError
-from equiloss.imports import import_target
-from equiloss.launching import console, ranks, slots, streams, sweep_table
+from equiloss.imports import import_target, import_torchmetrics
+from equiloss.launching import console, ranks, slots, streams
 from equiloss.launching.composition_errors import explain
-from equiloss.launching.ledger import ATTEMPT, Ledger
+from equiloss.launching.job import Job, trace
 from equiloss.launching.resume import claim, is_completed
-from equiloss.launching.sweep import direction
+from equiloss.launching.stored_run import of_run
 from equiloss.records.atomic import write_atomically
+from equiloss.records.ledger import ATTEMPT, Ledger
 from equiloss.records.results import Result
 from equiloss.records.run_dir import RESULTS, TRACEBACK, has_state
+from equiloss.records.run_log import note
 from equiloss.records.writing import FileError
-
-# What the user wants of HYDRA_FULL_ERROR, which is set for Hydra: in other processes too.
-TRACEBACKS = "EQUILOSS_TRACEBACK"
 
 
 def launch(composed: DictConfig, run: str) -> float:
@@ -59,16 +55,16 @@ def launch(composed: DictConfig, run: str) -> float:
     """
     streams.make_optional()  # in a worker of a parallel launcher, too
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    job = _Job(str(composed.get("objective")), run)
+    job = Job(str(composed.get("objective")), run)
     # In a worker of a launcher this process has no `command.main`.
     with interruption.listening():
         return _launch(composed, run_dir, job)
 
 
-def _launch(composed: DictConfig, run_dir: Path, job: _Job) -> float:
+def _launch(composed: DictConfig, run_dir: Path, job: Job) -> float:
     try:
         with interruption.prevailing():
-            resolved = resolve(composed)
+            resolved = resolve(of_run(composed, HydraConfig.get().overrides.task))
             membership.join(resolved.config.trainer)
             return _do(resolved, run_dir, job)
     except Interrupted as interrupted:
@@ -91,7 +87,7 @@ def _launch(composed: DictConfig, run_dir: Path, job: _Job) -> float:
         return job.worst
 
 
-def _do(resolved: ResolvedConfig, run_dir: Path, job: _Job) -> float:
+def _do(resolved: ResolvedConfig, run_dir: Path, job: Job) -> float:
     """Do a job, or find it done; of several ranks the first owns the directory."""
     membership.check_same_config(resolved.hash)
     run_dir = Path(membership.from_first_rank(str(run_dir)))
@@ -110,7 +106,7 @@ def _do(resolved: ResolvedConfig, run_dir: Path, job: _Job) -> float:
     return float(membership.from_first_rank(objective))
 
 
-def _close(resolved: ResolvedConfig, run_dir: Path, job: _Job, *, skipped: bool) -> float:
+def _close(resolved: ResolvedConfig, run_dir: Path, job: Job, *, skipped: bool) -> float:
     """Print and note the result of a completed job; returns its objective."""
     result = Result.read(run_dir)
     if not (skipped and job.in_sweep):
@@ -120,46 +116,14 @@ def _close(resolved: ResolvedConfig, run_dir: Path, job: _Job, *, skipped: bool)
     return objective
 
 
-class _Job:
-    """This job's part in a sweep; of a single run nothing is noted."""
-
-    def __init__(self, objective: str, run: str) -> None:
-        self.run = run
-        hydra = HydraConfig.get()
-        self.direction = direction(hydra.sweeper, objective)
-        self.began = time.monotonic()
-        self.in_sweep = hydra.mode == RunMode.MULTIRUN
-        if self.in_sweep:
-            self.sweep_dir = Path(hydra.sweep.dir).absolute()
-            self.directory = os.path.relpath(hydra.runtime.output_dir, self.sweep_dir)
-            self.number = int(hydra.job.num)
-
-    @property
-    def worst(self) -> float:
-        """The objective that no sweeper takes for a success."""
-        return -math.inf if self.direction == "maximize" else math.inf
-
-    def note(self, status: str, **details: Any) -> None:
-        """Tell the sweep how this job is doing."""
-        if self.in_sweep and membership.is_first():
-            if status != "running":
-                details["seconds"] = time.monotonic() - self.began
-            Ledger(self.sweep_dir).add(self.number, self.directory, status, **details)
-            if status != "running":
-                print(sweep_table.line(self.sweep_dir, os.environ.get(ATTEMPT, "")), flush=True)
-
-    def report(self, error: Exception) -> None:
-        """Print what ended this job."""
-        line = f"job {self.number}: {explain(error)}" if self.in_sweep else explain(error)
-        if os.environ.get(TRACEBACKS) == "1":
-            print(_trace(error), file=sys.stderr)
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        print(f"error: {line}{notes}", file=sys.stderr, flush=True)
-
-
 def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     """Run, and record how it ended where it did not complete."""
     before = _version(run_dir / RESULTS)
+    config = resolved.config
+    about = f"{config.task}: {config.loss['name']}, {config.model.name}, {config.data.name}"
+    # At once: what a run imports takes seconds.
+    print(f"{about} in {run_dir}", flush=True)
+    note(run_dir, about)
     try:
         with interruption.prevailing():
             _run(resolved, run_dir, run)
@@ -170,16 +134,17 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
         result = replace(result, status="interrupted", error=str(interrupted))
         _record(resolved, run_dir, result)
         way_on = f": the same command with hydra.run.dir={run_dir} goes on" * has_state(run_dir)
+        note(run_dir, f"{interrupted} after {_steps(result)}")
         print(f"{interrupted} after {_steps(result)}{way_on}", file=sys.stderr, flush=True)
         raise
     except Exception as error:
         result = _result_so_far(resolved, run_dir, before)
         _record(resolved, run_dir, replace(result, status="failed", error=explain(error)))
-        trace = run_dir / TRACEBACK
+        note(run_dir, f"failed: {explain(error)}")
         with suppress(FileError):
-            write_atomically(trace, _trace(error))
+            write_atomically(run_dir / TRACEBACK, trace(error))
             if not isinstance(error, UserError):
-                error.add_note(f"traceback: {trace}")
+                error.add_note(f"traceback: {run_dir / TRACEBACK}")
         raise
 
 
@@ -234,6 +199,7 @@ def _run(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
         if resolved.config.trainer.cpu_threads is not None:
             torch.set_num_threads(resolved.config.trainer.cpu_threads)
         with _no_exit():
+            import_torchmetrics()
             import_target(run, "run", UserError)(resolved, run_dir)
     finally:
         torch.set_num_threads(threads)
@@ -282,10 +248,3 @@ def _record(resolved: ResolvedConfig, run_dir: Path, result: Result) -> None:
         from equiloss.records import trackers
 
         trackers.end_killed(resolved.config.logger, run_dir, result.status)
-
-
-def _trace(error: Exception) -> str:
-    """The traceback; of the rank's own error where it happened in a rank."""
-    if isinstance(error, ranks.RankError) and error.trace:
-        return error.trace
-    return "".join(traceback.format_exception(error))

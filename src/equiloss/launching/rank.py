@@ -13,7 +13,7 @@ from pathlib import Path
 from equiloss.distributed import interruption
 from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import UserError
-from equiloss.imports import import_target
+from equiloss.imports import import_target, import_torchmetrics
 from equiloss.launching import streams
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.pulse import start_pulse
@@ -71,6 +71,7 @@ def _main(run_dir: Path, run: str) -> int:
         _take_threads(int(os.environ["OMP_NUM_THREADS"]))
         stored = OmegaConf.load(run_dir / CONFIG)
         assert isinstance(stored, DictConfig)
+        import_torchmetrics()
         import_target(run, "run", UserError)(resolve(stored), run_dir)
     except Interrupted as interrupted:
         return interrupted.code

@@ -2,7 +2,7 @@
 
 A sweep directory is named by its overrides; the same command finds it again, leaves completed
 runs alone, continues interrupted ones and retries failed ones (see `equiloss.launching.resume`).
-How the jobs are doing is in its ledger (see `equiloss.launching.ledger`).
+How the jobs are doing is in its ledger (see `equiloss.records.ledger`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from equiloss.config.training import mode_of
 from equiloss.distributed import membership
 from equiloss.errors import UserError
 from equiloss.launching.composition_errors import explain
-from equiloss.launching.ledger import ATTEMPT, SWEEP, Entry, Ledger
 from equiloss.launching.lock import hold
+from equiloss.records.ledger import ATTEMPT, SWEEP, Entry, Ledger
 
 
 def direction(sweeper: Any, objective: str) -> str:
@@ -35,21 +35,21 @@ def direction(sweeper: Any, objective: str) -> str:
     return str(configured)
 
 
-def number_of_jobs(config: DictConfig) -> int:
-    """Jobs of a multirun, as far as they can be known before it begins; 0 if they cannot."""
+def what_varies(config: DictConfig) -> tuple[list[str], int]:
+    """Keys that a multirun varies, and its jobs: 0 if their number cannot be known beforehand."""
     sweeper = config.hydra.sweeper
-    if sweeper.get("n_trials"):
-        return int(sweeper.n_trials)
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    chosen: dict[str, int] = {}
+    values: dict[str, int] = {}
     for override in OverridesParser.create().parse_overrides(
         [*params, *config.hydra.overrides.task]
     ):
-        if override.is_sweep_override() and not override.is_discrete_sweep():
-            return 0
-        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [""]
-        chosen[override.get_key_element()] = len(values)
-    return math.prod(chosen.values())
+        # The command has the last word over the parameters.
+        values.pop(override.key_or_group, None)
+        if override.is_discrete_sweep():
+            values[override.key_or_group] = len(list(override.sweep_string_iterator()))
+        elif override.is_sweep_override():
+            values[override.key_or_group] = 0
+    return list(values), int(sweeper.get("n_trials") or math.prod(values.values()))
 
 
 class SweepCallback(Callback):
@@ -68,14 +68,16 @@ class SweepCallback(Callback):
             return  # the first rank holds the directory for all of them
         directory = Path(config.hydra.sweep.dir).absolute()
         attempt = uuid.uuid4().hex
+        swept, jobs = what_varies(config)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(hold(directory, config.in_use))
             Ledger(directory).begin(
                 attempt,
-                jobs=number_of_jobs(config),
+                jobs=jobs,
                 objective=config.objective,
                 direction=direction(config.hydra.sweeper, config.objective),
+                swept=swept,
             )
         except (UserError, OSError) as error:
             # Hydra turns an exception of a callback into a warning, and goes on.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import time
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from equiloss.errors import ConfigError, printable
 from equiloss.launching.console import plain
-from equiloss.launching.ledger import Attempt, Entry, Ledger
+from equiloss.records.ledger import Attempt, Entry, Ledger
+from equiloss.report.groups import short_names
 
 
 def line(sweep_dir: Path, attempt: str) -> str:
@@ -40,21 +45,46 @@ def table(sweep_dir: Path) -> tuple[Table, str]:
         )
     entries = ledger.newest(begun.attempt)
     best = _best(begun, entries)
-    jobs = Table("job", title=plain(sweep_dir.resolve().name))
-    jobs.add_column("run", overflow="fold")  # a name that is cut short names nothing
+    jobs = Table("job", title=plain(sweep_dir.resolve().name), box=box.SIMPLE_HEAD)
+    names = short_names(begun.swept)
+    # A name that is cut short names nothing.
+    for head in [*names.values()] or ["run"]:
+        jobs.add_column(plain(head), overflow="fold")
     for head in ("status", begun.objective, "time"):
         jobs.add_column(plain(head))
-    for job, entry in entries.items():
-        value = "" if entry.objective is None else f"{entry.objective:.6g}"
+    for entry in sorted(entries.values(), key=lambda entry: _place(begun, entry)):
+        value = "" if entry.objective is None else f"{entry.objective:.4g}"
         seconds = time.time() - entry.time if entry.status == "running" else entry.seconds
         jobs.add_row(
-            str(job),
-            plain(entry.directory),
+            str(entry.job),
+            *(plain(entry.choices.get(key, "")) for key in names),
+            *([] if names else [plain(entry.directory)]),
             plain("completed earlier" if entry.skipped else entry.status),
-            f"{value} (best)" if entry == best else value,
+            Text(f"{value} (best)", "bold") if entry == best else value,
             "" if entry.skipped or seconds is None else _duration(seconds),
         )
     return jobs, _line(ledger, begun, entries)
+
+
+def summary(sweep_dir: Path) -> list[str]:
+    """What was swept, and how to look at its best run and test it again."""
+    ledger = Ledger(sweep_dir)
+    begun = ledger.attempt()
+    assert begun is not None
+    entries = ledger.newest(begun.attempt)
+    values = {key: {entry.choices.get(key) for entry in entries.values()} for key in begun.swept}
+    swept = [f"{key} ({len(v)} value{'s' * (len(v) != 1)})" for key, v in values.items()]
+    done = sum(entry.status == "completed" for entry in entries.values())
+    lines = [f"swept: {', '.join(swept) or 'nothing'}; {done} of {len(entries)} runs completed"]
+    best = _best(begun, entries)
+    if best is not None:
+        directory = sweep_dir / best.directory
+        if Path.cwd() in directory.parents:
+            directory = directory.relative_to(Path.cwd())
+        setting = _setting(begun, best)
+        lines.append(f"best run{setting}: {directory}")
+        lines.append(f"test it again: python train.py task=test run={shlex.quote(str(directory))}")
+    return lines
 
 
 def _line(ledger: Ledger, begun: Attempt, entries: dict[int, Entry]) -> str:
@@ -76,16 +106,29 @@ def _line(ledger: Ledger, begun: Attempt, entries: dict[int, Entry]) -> str:
             parts.append(f"about {_duration(seconds)} to go")
     best = _best(begun, entries)
     if best is not None:
-        parts.append(f"best {begun.objective} {best.objective:.6g} in {best.directory}")
+        setting = _setting(begun, best) or f" in {best.directory}"
+        parts.append(f"best {begun.objective} {best.objective:.4g}{setting}")
     if damaged := ledger.damaged():
         parts.append(f"{damaged} damaged line{'s' if damaged > 1 else ''} in {ledger.path.name}")
     return printable(f"sweep {ledger.path.parent.name}: {', '.join(parts)}")
 
 
+def _setting(begun: Attempt, entry: Entry) -> str:
+    """What was chosen for a job, of the keys that vary: " (lr=0.1, seed=2)", or ""."""
+    names = short_names(begun.swept)
+    words = [f"{names[key]}={entry.choices[key]}" for key in names if key in entry.choices]
+    return f" ({', '.join(words)})" if words else ""
+
+
 def _best(begun: Attempt, entries: dict[int, Entry]) -> Entry | None:
     measured = [entry for entry in entries.values() if entry.objective is not None]
+    return min(measured, key=lambda entry: _place(begun, entry), default=None)
+
+
+def _place(begun: Attempt, entry: Entry) -> float:
+    """Jobs are sorted by it: the best objective first, those without one last."""
     sign = -1 if begun.direction == "maximize" else 1
-    return min(measured, key=lambda entry: sign * (entry.objective or 0.0), default=None)
+    return math.inf if entry.objective is None else sign * entry.objective
 
 
 def _duration(seconds: float) -> str:

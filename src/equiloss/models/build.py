@@ -157,3 +157,13 @@ def _fit_stem(model: nn.Module, channels: int) -> None:
         bias=stem.bias is not None,
     )
     setattr(model.get_submodule(parent), attribute, fitted)
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """The dtype of a network's parameters under `trainer.precision`."""
+    of_parameters = {
+        "64-true": torch.float64,
+        "bf16-true": torch.bfloat16,
+        "16-true": torch.float16,
+    }
+    return of_parameters.get(precision, torch.float32)

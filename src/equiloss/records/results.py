@@ -122,6 +122,10 @@ class Result:
     network: list[dict[str, Any]] = field(default_factory=list)
     """What the network was seen to do that may depend on how the work is split: `effect`, the
     `module` that does it, and whether it is `batch_norm` alone (see `equiloss.preflight`)."""
+    stopped_early: dict[str, Any] = field(default_factory=dict)
+    """Where early stopping ended the run: `epoch`, `of_epochs`, `monitor`, its `best` value and
+    `best_epoch` (null where an epoch has several validations)."""
+    num_classes: int | None = None
     notes: list[str] = field(default_factory=list)
     """What a reader of the metrics must know, such as that the best weights were lost."""
     error: str | None = None
@@ -130,7 +134,7 @@ class Result:
     def write(self, directory: Path) -> None:
         """Replace the directory's results.json; values that are not finite become null."""
         data = asdict(self)
-        for key in ("notes", "error"):
+        for key in ("stopped_early", "notes", "error"):
             if not data[key]:
                 del data[key]
         text = json.dumps(json_ready(data), indent=2, allow_nan=False)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from equiloss.config.resolved import PRESENTATION, leaves
 from equiloss.report.groups import Group, RunMatcher, differing
 from equiloss.report.pairs import Pair, find_pairs
+from equiloss.report.ranking import best, objective_of, ranked
 from equiloss.report.runs import RunSet
 from equiloss.report.sweeps import opaque_groups, unswept
 from equiloss.report.verdict import Lockstep, Verdict, judge, largest_ratios, listed
 
 FINAL_METRICS = ("test/acc", "test/balanced_acc", "test/nll", "test/loss", "test/ece", "val/nll")
 TIMING = ("train_s", "samples_per_s")
+# Folder of a report in which each run has a name to read.
+LINKS = "tensorboard"
 
 
 @dataclass
@@ -23,6 +28,8 @@ class Comparison:
     verdict: Verdict
     ratios: dict[str, float]
     """Largest error over its bound, of each formulation; infinite where one was not finite."""
+    objective: str
+    """Metric by which the groups are sorted, the best first."""
     groups: list[Group]
     pairs: list[Pair]
     between_seeds: list[float]
@@ -39,12 +46,25 @@ class Comparison:
     """Keys of the environment that are not the same in all completed runs, with their values."""
     run_set: RunSet
 
+    def summary(self, directory: Path) -> list[str]:
+        """What a screen says of the runs, the best setting first, and where the report lies."""
+        tensorboard = shlex.join(["tensorboard", "--logdir", str(directory / LINKS)])
+        return [
+            *best(self.groups, self.objective),
+            self.verdict.headline,
+            *(line for line in self.verdict.lines if line.startswith("Careful: ")),
+            f"report: {directory / 'report.md'}",
+            f"curves: {tensorboard}",
+        ]
+
 
 def compare(run_set: RunSet) -> Comparison:
     """Compare every run of a set."""
     runs = run_set.runs
     matcher = RunMatcher(runs)
-    groups, pairs = matcher.groups(), find_pairs(matcher)
+    pairs, groups = find_pairs(matcher), matcher.groups()
+    objective = objective_of(groups)
+    groups = ranked(groups, objective)
     between_seeds = [value for group in groups for value in group.between_seeds("test/loss")]
     unasked, unsure = _unswept_keys(run_set)
     verdict = judge(runs, pairs, between_seeds)
@@ -53,6 +73,7 @@ def compare(run_set: RunSet) -> Comparison:
     return Comparison(
         verdict=verdict,
         ratios=largest_ratios([Lockstep.from_run(run) for run in runs]),
+        objective=objective,
         groups=groups,
         pairs=pairs,
         between_seeds=between_seeds,

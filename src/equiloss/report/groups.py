@@ -41,6 +41,23 @@ class Spread:
         deviation = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), deviation, len(values))
 
+    def __str__(self) -> str:
+        """The mean with its deviation, which has two digits.
+
+        >>> print(Spread(0.98765, 0.0012, 3), "|", Spread(7386.2, 493.1, 2))
+        0.9877 ± 0.0012 | 7386 ± 493
+        >>> print(Spread(123.4, None, 1), "|", Spread(1e-9, 1e-10, 2))
+        123.4 | 1e-09 ± 1e-10
+        """
+        if not math.isfinite(self.mean):
+            return "not finite"
+        if not self.deviation:
+            return f"{self.mean:.4g}" + ("" if self.deviation is None else " ± 0")
+        decimals = max(1 - math.floor(math.log10(self.deviation)), 0)
+        if decimals > 6:
+            return f"{self.mean:.4g} ± {self.deviation:.2g}"
+        return f"{self.mean:.{decimals}f} ± {self.deviation:.{decimals}f}"
+
 
 @dataclass
 class Group:
@@ -161,12 +178,9 @@ class RunMatcher:
         """
         left_out = {"seed", "loss.name", *without}
         keys = [key for key in self.differing if key not in left_out and self._is_set(key, run)]
-        counts = Counter(key.rpartition(".")[2] for key in keys)
-        parts = []
-        for key in keys:
-            _, _, short = key.rpartition(".")
-            value = _short(run.settings[key], self.differing[key])
-            parts.append(f", {short if counts[short] == 1 else key}={value}")
+        names = short_names(keys)
+        values = {key: _short(run.settings[key], self.differing[key]) for key in keys}
+        parts = [f", {names[key]}={values[key]}" for key in keys]
         return "".join(parts) + (f" ({run.sweep})" if self._by_sweep else "")
 
     def _is_set(self, key: str, run: Run) -> bool:
@@ -180,7 +194,31 @@ class RunMatcher:
         matches = self.equal_but_for("seed", self.runs)
         # The losses of one kind of run stand beside each other.
         matches.sort(key=lambda runs: (self.distinction(runs[0]), runs[0].loss))
-        return [Group(runs[0].loss + self.distinction(runs[0]), runs) for runs in matches]
+        labels = [chosen(runs[0]) for runs in matches]
+        if "" in labels or len(set(labels)) < len(labels):
+            labels = [runs[0].loss + self.distinction(runs[0]) for runs in matches]
+        return [Group(label, runs) for label, runs in zip(labels, matches, strict=True)]
+
+
+def chosen(run: Run) -> str:
+    """A run's setting as its sweep chose it, without the seed; "" where that is not known."""
+    if not run.choices:
+        return ""
+    names = short_names(run.choices)
+    others = {key: value for key, value in run.choices.items() if key not in ("loss", "seed")}
+    words = [f"{names[key]}={value}" for key, value in others.items()]
+    return ", ".join([run.choices.get("loss", run.loss), *words])
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Each key by its last part, where no other has the same.
+
+    >>> short_names(["optimizer.lr", "loss"]), short_names(["a.x", "b.x"])
+    ({'optimizer.lr': 'lr', 'loss': 'loss'}, {'a.x': 'a.x', 'b.x': 'b.x'})
+    """
+    last = {key: key.replace("/", ".").rpartition(".")[2] for key in keys}
+    counts = Counter(last.values())
+    return {key: short if counts[short] == 1 else key for key, short in last.items()}
 
 
 def _short(value: Any, others: Sequence[Any]) -> str:

@@ -14,10 +14,12 @@ from equiloss.errors import printable
 from equiloss.records.atomic import write_atomically
 from equiloss.records.results import json_ready
 from equiloss.records.writing import FileError
-from equiloss.report.compare import FINAL_METRICS, TIMING, Comparison, compare
+from equiloss.report.compare import FINAL_METRICS, LINKS, TIMING, Comparison, compare
 from equiloss.report.figures import Picture, draw_all
-from equiloss.report.groups import Group, Spread
+from equiloss.report.groups import Group
+from equiloss.report.links import link_runs
 from equiloss.report.pairs import Pair
+from equiloss.report.ranking import best, ranking
 from equiloss.report.runs import ReportError, find_runs
 from equiloss.report.verdict import listed
 
@@ -48,6 +50,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Com
         write_atomically(output / "report.md", page(comparison, pictures))
         text = json.dumps(data(comparison), indent=1, allow_nan=False, default=str)
         write_atomically(output / "report.json", text + "\n")
+        link_runs(comparison, output / LINKS)
     except (FileError, OSError) as error:
         # The way out of a file of a run is none for a report.
         refused = error.__cause__ if isinstance(error, FileError) else error
@@ -57,48 +60,40 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Com
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the final metrics, mean ± standard deviation over seeds."""
-    head = ["group", "runs", *FINAL_METRICS, "train (s)", "samples/s"]
+    """Head and rows of the final metrics, mean ± standard deviation over seeds, the best first."""
+    objective = comparison.objective
+    others = [name for name in FINAL_METRICS if name != objective]
+    head = ["group", "runs", objective, "to the best", *others, "train (s)", "samples/s"]
     rows = []
-    for group in comparison.groups:
-        spreads = [group.spread(name) for name in (*FINAL_METRICS, *TIMING)]
+    for place, group in zip(ranking(comparison.groups, objective), comparison.groups, strict=True):
+        spreads = [group.spread(name) for name in (*others, *TIMING)]
         runs = f"{len(group.completed)}/{len(group.runs)}"
-        rows.append([group.label, runs, *map(_format_spread, spreads)])
+        behind = "-" if place.behind is None else str(place.behind)
+        figures = [str(spread or "-") for spread in (place.spread, *spreads)]
+        rows.append([group.label, runs, figures[0], behind, *figures[1:]])
     return head, rows
-
-
-def _format_spread(spread: Spread | None) -> str:
-    """A mean with its deviation, which has two digits.
-
-    >>> _format_spread(Spread(0.98765, 0.0012, 3)), _format_spread(Spread(7386.2, 493.1, 2))
-    ('0.9877 ± 0.0012', '7386 ± 493')
-    >>> _format_spread(Spread(123.4, None, 1)), _format_spread(Spread(1e-9, 1e-10, 2))
-    ('123.4', '1e-09 ± 1e-10')
-    >>> _format_spread(None)
-    '-'
-    """
-    if spread is None:
-        return "-"
-    if not math.isfinite(spread.mean):
-        return "not finite"
-    if not spread.deviation:
-        return f"{spread.mean:.4g}" + ("" if spread.deviation is None else " ± 0")
-    decimals = max(1 - math.floor(math.log10(spread.deviation)), 0)
-    if decimals > 6:
-        return f"{spread.mean:.4g} ± {spread.deviation:.2g}"
-    return f"{spread.mean:.{decimals}f} ± {spread.deviation:.{decimals}f}"
 
 
 def page(comparison: Comparison, pictures: Sequence[Picture] = ()) -> str:
     """The report in Markdown, with the pictures that were drawn."""
     verdict = comparison.verdict
-    lines = ["# Report", "", f"Do the runs match? **{verdict.word}**", ""]
+    lines = ["# Report", ""]
+    lines += [
+        f"- {_escaped(line)}"
+        for line in (*best(comparison.groups, comparison.objective), verdict.headline)
+    ]
+    lines += ["", "## Do runs that should be the same match?", "", f"**{verdict.word}**", ""]
     lines += [f"- {_escaped(line)}" for line in verdict.lines]
     for title, items in _warnings(comparison).items():
         if items:
             lines += ["", f"## {title}", ""]
             lines += [f"- {_escaped(item)}" for item in items]
-    lines += ["", "## Final metrics", "", "Mean ± sample standard deviation over seeds.", ""]
+    lines += ["", "## Final metrics", ""]
+    lines += [
+        f"Sorted by {comparison.objective}; mean ± sample standard deviation over seeds. The",
+        "difference to the best has its 95 % interval over seeds (Student's t); + is worse.",
+        "",
+    ]
     lines += _markdown_table(*table(comparison))
     if comparison.pairs:
         lines += ["", "## Runs that should take the same steps", ""]

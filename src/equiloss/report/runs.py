@@ -15,9 +15,18 @@ from typing import Any
 from equiloss.config.resolved import leaves, with_defaults
 from equiloss.errors import RecordError, UserError
 from equiloss.losses import registry
+from equiloss.records.ledger import Ledger
 from equiloss.records.reading import fits, read_json, read_text, read_yaml
 from equiloss.records.results import Result
-from equiloss.records.run_dir import CONFIG, EVALUATION, METRICS, MULTIRUN, RESULTS, sweep_of
+from equiloss.records.run_dir import (
+    CONFIG,
+    EVALUATION,
+    LEDGER,
+    METRICS,
+    MULTIRUN,
+    RESULTS,
+    sweep_of,
+)
 from equiloss.report.sweeps import swept_keys
 
 Series = list[tuple[int, float]]
@@ -47,6 +56,8 @@ class Run:
     result: Result
     metrics: dict[str, Series] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+    """What its sweep chose for it: values of the swept keys and groups, as typed."""
 
     @property
     def loss(self) -> str:
@@ -105,6 +116,14 @@ def find_runs(directories: Sequence[Path]) -> RunSet:
         if os.path.lexists(multirun):
             with _skip_unreadable(multirun, run_set.skipped, "what was swept is unknown"):
                 run_set.swept[name] = swept_keys(multirun)
+        if os.path.lexists(directory / LEDGER):
+            with _skip_unreadable(
+                directory / LEDGER, run_set.skipped, "what was chosen is unknown"
+            ):
+                chosen = Ledger(directory).choices()
+                for run in run_set.runs:
+                    if run.sweep == name:
+                        run.choices = chosen.get(os.path.relpath(run.directory, directory), {})
     return run_set
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from equiloss.errors import printable
@@ -15,16 +15,18 @@ from equiloss.report.runs import Run, Series
 # Separate runs of one function in float64: rounding at 1e-16, amplified by training.
 FLOAT64_BOUND = 1e-9
 EXACT = "64-true"
+THREE = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 # More names than this in a line hide what it says; the page and the data have them all.
 NAMED = 6
 
 
 @dataclass
 class Verdict:
-    """Whether the formulations match."""
+    """Whether the formulations agree, and runs that should be the same match."""
 
     word: str
-    """match | differs | not checked."""
+    """match | agree | differs | not checked: only runs that should take the same steps can match;
+    where there are none, the formulations agree on the logits of each run."""
     ways: dict[str, str]
     """lockstep: match | differs | no completed run | not checked; float64: match | differs | not
     comparable | not measured; lower precision: reported | not measured."""
@@ -33,10 +35,26 @@ class Verdict:
     """What differs, by name."""
     where: list[str]
     """The same with the figures, and from which step on."""
+    agreement: str = ""
+    """What agrees with what, in how many checks and how closely."""
+    kinds: list[str] = field(default_factory=list)
+    """In what runs differ that should take the same steps: formulations, world sizes."""
+
+    @property
+    def headline(self) -> str:
+        """The word, and what it is about."""
+        parts = [self.word] if self.word != "agree" else []
+        if self.word == "match":
+            parts.append(f"runs that differ in {' or '.join(self.kinds)} alone take the same steps")
+        elif self.word == "differs":
+            parts.append(listed(self.wrong))
+        if self.agreement:
+            parts.append(self.agreement)
+        return printable(f"verdict: {'; '.join(parts)}")
 
     def __str__(self) -> str:
-        """The word and the lines, for a terminal."""
-        return "\n- ".join([f"verdict: {self.word}", *map(printable, self.lines)])
+        """The headline and the lines, for a terminal."""
+        return "\n- ".join([self.headline, *map(printable, self.lines)])
 
 
 @dataclass
@@ -106,6 +124,15 @@ def largest_ratios(checked: Sequence[Lockstep]) -> dict[str, float]:
     return {name: max(lockstep.ratios.get(name, 0.0) for lockstep in checked) for name in names}
 
 
+def formulations(names: Iterable[str]) -> str:
+    """The formulations by name, the three of them by that.
+
+    >>> formulations(["softmax_nll", "log_softmax_nll", "cross_entropy"]), formulations(["a", "b"])
+    ('the three formulations', 'a, b')
+    """
+    return "the three formulations" if {*names} == {*THREE} else listed([*names])
+
+
 def judge(runs: Sequence[Run], pairs: Sequence[Pair], seed_drift: Sequence[float]) -> Verdict:
     """Judge whether the formulations match.
 
@@ -128,7 +155,8 @@ def judge(runs: Sequence[Run], pairs: Sequence[Pair], seed_drift: Sequence[float
     if verdict.wrong:
         verdict.word = "differs"
     elif verdict.ways["lockstep"] == "match":
-        verdict.word = "match"
+        verdict.kinds = sorted({pair.kind for pair in pairs})
+        verdict.word = "match" if pairs else "agree"
     return verdict
 
 
@@ -168,6 +196,12 @@ def _lockstep(checked: Sequence[Lockstep], verdict: Verdict) -> None:
     if left_out:
         rows = ", ".join(f"{name} {count}" for name, count in sorted(left_out.items()))
         line += f" Rows beyond a formulation's domain, not judged: {rows}."
+    if state == "match" and ratios:
+        largest = max(largest_ratios(checked).values())
+        verdict.agreement = (
+            f"{formulations(largest_ratios(checked))} agree on every run's logits "
+            f"({checks} checks, largest error {largest:.2g} of its bound)"
+        )
     verdict.ways["lockstep"] = state
     verdict.lines.append(line)
     verdict.wrong += names

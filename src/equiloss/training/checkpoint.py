@@ -25,6 +25,7 @@ from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.reading import fits
 from equiloss.records.run_dir import BEST, LAST, PREVIOUS, set_aside
+from equiloss.records.run_log import note
 from equiloss.records.writing import writing
 from equiloss.training.checkpoint_file import AtomicCheckpointIO, verify
 from equiloss.training.state import RunState
@@ -161,6 +162,9 @@ class Checkpoints(Checkpoint):
             self.best = None if math.isnan(value) else value
             with writing(self.best_path):
                 trainer.save_checkpoint(self.best_path, weights_only=True)
+            if trainer.is_global_zero:
+                steps = f"after {trainer.global_step} steps"
+                note(self.directory.parent, f"{BEST}: {self.config.monitor} {value:.6g} {steps}")
         self._save_and_stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

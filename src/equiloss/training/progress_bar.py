@@ -1,24 +1,106 @@
-"""Progress bar, and a line for each epoch where there is no terminal."""
+"""What a screen shows of a run under way: a bar, or lines, and the network's layers."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import RichModelSummary
+from rich import box, get_console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
 if TYPE_CHECKING:
     from equiloss.training.classifier import Classifier
 
 SHOWN = ("train/loss", "val/loss", "val/acc")
+HEADS = ("Name", "Type", "Params")
+# Seconds between two looks at how far the run is: each costs as much as a small network's layer.
+INTERVAL = 0.1
 
 
-class LiveProgress(RichProgressBar):
-    """Lightning's bar with the newest loss and accuracy."""
+class LiveProgress(Callback):
+    """A bar of the whole run's steps with the time that is left, and one of an evaluation."""
 
-    def get_metrics(self, trainer: Trainer, pl_module: Classifier) -> dict[str, Any]:  # type: ignore[override]
-        """The newest values, without Lightning's version number."""
-        return {name: f"{value:.4f}" for name, value in _shown(pl_module)}
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._shown = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
+        """Begin where the run begins, or goes on."""
+        if trainer.is_global_zero:
+            self._begin(pl_module.total_steps, pl_module.global_step, pl_module, "steps")
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Classifier, *_: Any
+    ) -> None:
+        """Show the step, now and then."""
+        if self._bar is not None and time.monotonic() - self._shown > INTERVAL:
+            self._show(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
+        """Show the newest values."""
+        if self._bar is not None:
+            self._show(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
+        """A bar of the evaluation's batches."""
+        if trainer.is_global_zero:
+            self._begin(int(sum(trainer.num_test_batches)), 0, pl_module, "test batches")
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        """One batch more."""
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0])
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave the terminal as it was."""
+        self._end()
+
+    def teardown(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:  # type: ignore[override]
+        """Leave the terminal as it was."""
+        self._end()
+
+    def _begin(self, total: int, done: int, classifier: Classifier, unit: str) -> None:
+        self._end()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+        )
+        values = _text(classifier) if unit == "steps" else ""
+        self._bar.add_task(
+            "training" if unit == "steps" else "testing", total=total, completed=done, values=values
+        )
+        self._bar.start()
+
+    def _show(self, trainer: Trainer, classifier: Classifier) -> None:
+        assert self._bar is not None
+        self._shown = time.monotonic()
+        self._bar.update(
+            self._bar.task_ids[0],
+            description=epoch_of(trainer),
+            completed=classifier.global_step,
+            values=_text(classifier),
+        )
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 class EpochLines(Callback):
@@ -27,10 +109,40 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
         """Print the newest values."""
         if trainer.is_global_zero:
-            values = "  ".join(f"{name} {value:.4f}" for name, value in _shown(pl_module))
-            print(f"epoch {trainer.current_epoch + 1}: {values}", flush=True)
+            print(f"{epoch_of(trainer)}: {_text(pl_module)}", flush=True)
 
 
-def _shown(classifier: Classifier) -> list[tuple[str, float]]:
+class NetworkSummary(RichModelSummary):
+    """The network's modules and parameters; Lightning's table has columns that nothing fills."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Print a row for each module, and the number of parameters."""
+        columns = dict(summary_data)
+        table = Table(box=box.SIMPLE_HEAD)
+        for head in HEADS:
+            table.add_column(head, justify="right" if head == "Params" else "left")
+        for name, kind, number in zip(*(columns[h] for h in HEADS), strict=True):
+            if name.partition(".")[0] == "model":  # the loss and the metrics have none
+                table.add_row(name, kind, number)
+        get_console().print(table)
+        frozen = total_parameters - trainable_parameters
+        kept = f", {frozen:,} of them frozen" if frozen else ""
+        print(f"{total_parameters:,} parameters{kept}", flush=True)
+
+
+def epoch_of(trainer: Trainer) -> str:
+    """Which epoch it is, of how many: counted from 1."""
+    known = trainer.max_epochs is not None and trainer.max_epochs > 0
+    return f"epoch {trainer.current_epoch + 1}" + (f"/{trainer.max_epochs}" if known else "")
+
+
+def _text(classifier: Classifier) -> str:
     scalars = classifier.progress.scalars
-    return [(name, scalars[name]) for name in SHOWN if name in scalars]
+    return "  ".join(f"{name} {scalars[name]:.4f}" for name in SHOWN if name in scalars)

@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, RichModelSummary
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
@@ -82,7 +83,7 @@ def make_trainer(
         callbacks=[*callbacks, *_configured_callbacks(config, bar=bar)],
         # Lightning would otherwise guess a cluster from variables around us, such as SLURM's.
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
-        enable_progress_bar=bar,
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -129,4 +130,21 @@ def _configured_callbacks(config: Config, *, bar: bool) -> Iterator[Callback]:
     if config.progress_bar:
         yield progress_bar.LiveProgress() if bar else progress_bar.EpochLines()
     if config.model_summary:
-        yield RichModelSummary()
+        yield progress_bar.NetworkSummary(max_depth=2)
+
+
+def stopped_early(trainer: Trainer) -> dict[str, Any]:
+    """When and why early stopping ended a fit, as results.json has it; {} if it did not."""
+    stop = trainer.early_stopping_callback
+    if not isinstance(stop, EarlyStopping) or stop.stopping_reason_message is None:
+        return {}
+    each_epoch = trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0
+    epoch = stop.stopped_epoch + 1
+    return {
+        "epoch": epoch,
+        "of_epochs": trainer.max_epochs,
+        "monitor": stop.monitor,
+        "validations_without_improvement": stop.wait_count,
+        "best": float(stop.best_score),
+        "best_epoch": epoch - stop.wait_count if each_epoch else None,
+    }

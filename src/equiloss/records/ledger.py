@@ -10,8 +10,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Attempt:
     """minimize | maximize."""
     began: float
     """Seconds since the epoch."""
+    swept: list[str] = field(default_factory=list)
+    """Keys and config groups that vary, in the order of the command."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class Entry:
     error: str | None = None
     seconds: float | None = None
     """Time that the job took, once it has ended."""
+    overrides: list[str] = field(default_factory=list)
+    """The job's own overrides, `key=value`."""
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Values of the overrides by key or config group, as text."""
+        pairs = (override.lstrip("+").partition("=") for override in self.overrides)
+        return {key: value for key, _, value in pairs}
 
 
 class Ledger:
@@ -74,13 +84,15 @@ class Ledger:
     def __init__(self, sweep_dir: Path) -> None:
         self.path = sweep_dir / LEDGER
 
-    def begin(self, attempt: str, *, jobs: int, objective: str, direction: str) -> None:
+    def begin(
+        self, attempt: str, *, jobs: int, objective: str, direction: str, swept: Sequence[str] = ()
+    ) -> None:
         """Note that the sweep's command was given.
 
         Raises:
             FileError: if the ledger cannot be written.
         """
-        self._append(Attempt(attempt, jobs, objective, direction, time.time()))
+        self._append(Attempt(attempt, jobs, objective, direction, time.time(), list(swept)))
 
     def add(self, job: int, directory: str, status: str, **details: Any) -> None:
         """Note how a job is doing; jobs of other processes may do so at the same time.
@@ -105,6 +117,16 @@ class Ledger:
         entries = [line for line in self._lines() if isinstance(line, Entry)]
         jobs = {entry.job: entry for entry in entries if entry.attempt == attempt}
         return dict(sorted(jobs.items()))
+
+    def choices(self) -> dict[str, dict[str, str]]:
+        """What each job's directory was given of the swept keys, in all attempts."""
+        lines = list(self._lines())
+        swept = {key for line in lines if isinstance(line, Attempt) for key in line.swept}
+        return {
+            line.directory: {key: line.choices[key] for key in line.choices if key in swept}
+            for line in lines
+            if isinstance(line, Entry)
+        }
 
     def damaged(self) -> int:
         """How many lines say nothing, such as one that a crash cut short."""

@@ -1,0 +1,62 @@
+"""`task=test run=DIR`: a run is evaluated by the configuration that it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import to_absolute_path
+from omegaconf import DictConfig, OmegaConf
+
+from equiloss.config.resolved import from_stored, leaves
+from equiloss.errors import ConfigError
+from equiloss.records.reading import read_yaml
+from equiloss.records.run_dir import BEST, CHECKPOINTS, CONFIG, LAST
+
+
+def of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of the run that `run` names, with what the command changes in it.
+
+    Args:
+        composed: What Hydra composed; returned as it is where it names no run.
+        overrides: The command's own overrides, `key=value`.
+
+    Raises:
+        ConfigError: if the directory is no run's, the task is to train, an override names neither
+            a key nor a group, or the run's configuration names code that the command does not:
+            a stranger's directory is data.
+        RecordError: if the run's configuration cannot be read.
+    """
+    name = composed.get("run")
+    if name is None:
+        return composed
+    if composed.task == "fit":
+        raise ConfigError(f"run={name} is evaluated, by task=test or task=validate")
+    directory = Path(to_absolute_path(str(name)))
+    stored = from_stored(read_yaml(directory / CONFIG))
+    if stored is None:
+        raise ConfigError(f"run={name}: its {CONFIG} is no configuration of a run")
+    own = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    given = {each.key_or_group for each in OverridesParser.create().parse_overrides([*overrides])}
+    weights = LAST if stored["test_weights"] == "last" else BEST
+    config = OmegaConf.create(stored)
+    OmegaConf.update(config, "ckpt_path", str(directory / CHECKPOINTS / weights))
+    for key in sorted(given):
+        dotted = key.replace("/", ".")
+        if dotted not in dict(leaves(own)) and not isinstance(_at(own, dotted), dict):
+            raise ConfigError(f"{key} goes not with run=…: set keys, or groups such as trainer=")
+        OmegaConf.update(config, dotted, _at(own, dotted), merge=False, force_add=True)
+    for key, value in leaves(cast(dict[str, Any], OmegaConf.to_container(config))):
+        if key.rpartition(".")[2] in ("target", "_target_") and value not in (None, _at(own, key)):
+            raise ConfigError(f"run={name} names code to run: if you trust it, add {key}={value}")
+    config.run = None
+    return config
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for part in dotted.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree

@@ -1,0 +1,158 @@
+"""Which setting is best in the objective, by how much, and whether seeds alone do as much."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from equiloss.config.training import mode_of
+from equiloss.report.groups import Group, Spread
+
+# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, Cornish & Fisher's
+# expansion about the normal distribution's is right to 4 digits.
+T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much worse a setting is than another: mean and 95 % interval over seeds."""
+
+    mean: float
+    """In the metric's unit; positive where it is worse."""
+    half_width: float | None
+    """Of the interval, by Student's t; None where a setting has a single run."""
+
+    def __str__(self) -> str:
+        if self.half_width is None:
+            return f"{self.mean:+.3g}"
+        return f"{self.mean:+.3g} ± {self.half_width:.2g}"
+
+    def describe(self) -> str:
+        """The difference, its interval, and whether it is more than chance, in words."""
+        if self.half_width is None:
+            return f"worse by {self.mean:.3g}; whether that is chance, several seeds would tell"
+        sure = "more" if abs(self.mean) > self.half_width else "no more"
+        apart = f"{self.mean:.3g} ± {self.half_width:.2g}"
+        return f"worse by {apart} (95 % interval over seeds): {sure} than seeds alone make"
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A setting's place in a ranking."""
+
+    label: str
+    spread: Spread | None
+    """Of the objective over the completed runs."""
+    behind: Difference | None
+    """Difference to the best setting; None for that one, and where nothing is known."""
+
+    def describe(self, objective: str) -> str:
+        """The setting, its objective, and of how many seeds."""
+        seeds = self.spread.runs if self.spread else 0
+        figure = f"{self.label}: {objective} {self.spread}"
+        return f"{figure} (mean and standard deviation of {seeds} seeds)" if seeds > 1 else figure
+
+
+def best(groups: Sequence[Group], objective: str) -> list[str]:
+    """Which setting is best, by how much, and how sure that is; nothing to say of a single one.
+
+    Args:
+        groups: As `ranked`.
+        objective: Name of the metric.
+    """
+    places = [place for place in ranking(groups, objective) if place.spread is not None]
+    if len(places) < 2:
+        return []
+    lines = [f"best setting: {places[0].describe(objective)}"]
+    behind = places[1].behind
+    if behind is not None:
+        lines.append(f"the next: {places[1].describe(objective)}; {behind.describe()}")
+    return lines
+
+
+def objective_of(groups: Sequence[Group]) -> str:
+    """The objective of most of the runs."""
+    counts = Counter(str(run.settings.get("objective")) for group in groups for run in group.runs)
+    return counts.most_common(1)[0][0]
+
+
+def ranked(groups: Sequence[Group], objective: str) -> list[Group]:
+    """Groups by the mean of the objective, the best first; those without a figure last."""
+    sign = -1 if mode_of(objective) == "max" else 1
+
+    def place(group: Group) -> float:
+        spread = group.spread(objective)
+        known = spread is not None and math.isfinite(spread.mean)
+        return sign * spread.mean if known and spread is not None else math.inf
+
+    return sorted(groups, key=place)
+
+
+def ranking(groups: Sequence[Group], objective: str) -> list[Ranked]:
+    """Each group of a ranking, with its difference to the first."""
+    values = [_by_seed(group, objective) for group in groups]
+    behind = [difference(each, values[0], mode_of(objective)) for each in values]
+    return [
+        Ranked(group.label, group.spread(objective), None if group is groups[0] else apart)
+        for group, apart in zip(groups, behind, strict=True)
+    ]
+
+
+def _by_seed(group: Group, objective: str) -> dict[object, list[float]]:
+    values: dict[object, list[float]] = {}
+    for run in group.completed:
+        if math.isfinite(run.final.get(objective, math.nan)):
+            values.setdefault(run.seed, []).append(run.final[objective])
+    return values
+
+
+def difference(
+    values: Mapping[object, Sequence[float]], best: Mapping[object, Sequence[float]], mode: str
+) -> Difference | None:
+    """How much worse values are than the best ones, both by seed.
+
+    Where both have the same seeds, once each, their differences are taken seed by seed: the same
+    weights to start from and the same order of samples are in both. Otherwise by Welch's interval
+    (Welch, "The generalization of 'Student's' problem", Biometrika 34, 1947).
+
+    >>> difference({0: [0.5], 1: [0.7]}, {0: [0.4], 1: [0.5]}, "min")
+    Difference(mean=0.15, half_width=0.63531)
+    >>> difference({0: [0.5]}, {0: [0.4]}, "max").mean
+    -0.1
+    """
+    if not values or not best:
+        return None
+    sign = 1 if mode == "min" else -1
+    mine, theirs = ([v for several in each.values() for v in several] for each in (values, best))
+    mean = sign * (statistics.fmean(mine) - statistics.fmean(theirs))
+    if values.keys() == best.keys() and len(mine) == len(theirs) == len(values):
+        if len(mine) == 1:
+            return Difference(mean, None)
+        apart = [values[seed][0] - best[seed][0] for seed in values]
+        error, freedom = statistics.stdev(apart) / math.sqrt(len(apart)), len(apart) - 1.0
+    elif min(len(mine), len(theirs)) == 1:
+        return Difference(mean, None)
+    else:
+        parts = [(statistics.variance(v) / len(v), len(v) - 1) for v in (mine, theirs)]
+        error = math.sqrt(sum(part for part, _ in parts))
+        denominator = sum(part**2 / n for part, n in parts)
+        freedom = error**4 / denominator if denominator else 1.0
+    return Difference(mean, t975(freedom) * error)
+
+
+def t975(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t, rounded down to whole degrees of freedom.
+
+    >>> round(t975(1.9), 2), round(t975(12), 3), round(t975(1e9), 4)
+    (12.71, 2.179, 1.96)
+    """
+    whole = max(int(freedom), 1)
+    if whole <= len(T975):
+        return T975[whole - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / whole + second / whole**2 + third / whole**3
