@@ -129,11 +129,11 @@ def main() -> None:
             check=True,
             cwd=DOCS.parent,
         )
-        with tensorboard(sweep) as address:
+        with tensorboard(sweep / "report" / "tensorboard") as address:
             browser = Browser(address)
             try:
                 # One seed's runs, as they are.
-                view = "custom_scalars&_smoothingWeight=0&regexInput=-s0-"
+                view = "custom_scalars&_smoothingWeight=0&regexInput=s0"
                 browser.open(view, ["loss error (nats)", "accuracy"])
                 browser.save(DOCS / "tensorboard.png")
                 browser.open("hparams", ["softmax_nll", "log_softmax_nll", "cross_entropy"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from equiloss.config import SPLIT_METRICS
+from equiloss.config.resolved import PRESENTATION
 from equiloss.errors import (
     CheckpointError,
     ConfigError,
@@ -24,7 +25,7 @@ from equiloss.losses import Criterion
 from equiloss.records.results import TRAIN_METRICS, Result, metric_names, read_metrics
 from equiloss.records.writing import FileError
 from equiloss.run import run
-from support import Run, composed, final_weights, slow
+from support import ROOT, Run, composed, final_weights, slow
 
 FORMULATIONS = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -213,6 +214,18 @@ def test_debug_configs(debug: str, tmp_path: Path) -> None:
 def test_shipped_choices_train(option: str, tmp_path: Path) -> None:
     result = run(composed(option, "trainer.max_epochs=5", "callbacks=quiet"), tmp_path)
     assert result.metrics["test/acc"] > 0.8
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_a_shipped_experiment_composes(path: Path) -> None:
+    config = composed(f"experiment={path.stem}", "seed=3").config
+    assert config.tags == [path.stem]
+    assert config.seed == 3
+
+
+def test_tags_make_no_other_run() -> None:
+    assert "tags" in PRESENTATION
+    assert composed("tags=[a,b]").config.tags == ["a", "b"]
 
 
 def test_a_torchvision_network_trains_on_grey_images(tmp_path: Path) -> None:

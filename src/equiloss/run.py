@@ -32,7 +32,7 @@ from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.results import Result, metric_names
 from equiloss.records.tensorboard import RunTensorBoard
 from equiloss.records.trackers import tracked
-from equiloss.training import checkpoint, optim
+from equiloss.training import checkpoint, optim, own_callbacks
 from equiloss.training.checkpoint import Checkpoints
 from equiloss.training.classifier import Classifier
 from equiloss.training.evaluation_figures import EvaluationFigures
@@ -147,15 +147,14 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
         trainer = make_trainer(
             config,
             directory,
-            [*callbacks, *filter(None, own)],
+            [*callbacks, *filter(None, own), *own_callbacks.build(config.callbacks.items)],
             [metrics_csv, *([board] if board else [])],
             model=model,
         )
     except Exception as error:  # Lightning checks its arguments in many ways
         raise configuration.refusal(config.trainer, error) from error
     network.judge(config, found, trainer.world_size)
-    if config.task != "fit":
-        checkpoint.load_weights(classifier, Path(str(config.ckpt_path)))
+    checkpoint.give_weights(classifier, continued=continued is not None)
     return Parts(
         *(resolved, directory, splits, classifier, data, monitor),
         *(checkpoints, metrics_csv, board, trainer, found, continued),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from equiloss.cli.main import app
 from equiloss.errors import LossError
 from equiloss.invariance import proof
 from equiloss.invariance.cells import Cell, Part
-from equiloss.losses import registry
+from equiloss.losses import register, registry
+from support import Run
 
 FORMULATIONS = {"softmax_nll", "log_softmax_nll", "cross_entropy"}
 
@@ -45,6 +46,31 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     provider = registry.Provider("broken", "bad-losses 1.0", load)
     monkeypatch.setitem(registry._registered, "broken", provider)
     return "broken"
+
+
+def test_version() -> None:
+    assert call("--version").startswith(f"equiloss {version('equiloss')}, torch {version('torch')}")
+
+
+def test_the_choices_of_an_option_are_shown(monkeypatch: pytest.MonkeyPatch, run_here: Run) -> None:
+    def powered(
+        logits: Any, target: Any, *, power: Literal[1, 2] = 1, kind: Literal["a"] | None = None
+    ) -> Any:
+        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        return losses**power
+
+    register(powered)
+    try:
+        shown = call("losses", "powered")
+        assert "1 | 2" in shown
+        assert "a | null" in shown
+        assert run_here("loss=powered", "loss.power=2", "debug=fast").status == "completed"
+        with pytest.raises(LossError, match=r"value of loss\.power '3'. Known: 1, 2"):
+            run_here("loss=powered", "loss.power=3", "debug=fast")
+        with pytest.raises(LossError, match=r"value of loss\.kind 'b'"):
+            run_here("loss=powered", "loss.kind=b", "debug=fast")
+    finally:
+        registry.unregister("powered")
 
 
 def test_losses_lists_every_registered_name():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import pictures
+from equiloss.report.compare import LINKS
 from support import ROOT
 
 LOSSES = {"softmax_nll", "log_softmax_nll", "cross_entropy"}
@@ -34,7 +35,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(sweep: Path) -> Iterator[pictures.Browser]:
-    with pictures.tensorboard(sweep) as address:
+    with pictures.tensorboard(sweep / "report" / LINKS) as address:
         browser = pictures.Browser(address)
         yield browser
         browser.close()
@@ -43,27 +44,27 @@ def browser(sweep: Path) -> Iterator[pictures.Browser]:
 @pytest.fixture(scope="module")
 def runs(sweep: Path) -> list[str]:
     """Names that say the loss and the seed."""
-    names = [path.parent.name for path in sweep.glob("*/results.json")]
-    assert {name.rsplit("-s0-", 1)[0] for name in names} == LOSSES
+    names = [path.name for path in (sweep / "report" / LINKS).iterdir()]
+    assert {*names} == {f"{loss} s0" for loss in LOSSES}
     return names
 
 
 def test_the_runs_are_there(browser: pictures.Browser, runs: list[str]) -> None:
-    browser.open("timeseries", [*runs, "train", "val", "test", "parity"])
+    browser.open("timeseries", [*runs, "test", "train", "val", "verification"])
 
 
 def test_hparams_show_what_was_swept_and_what_came_out(
     browser: pictures.Browser, sweep: Path, runs: list[str]
 ) -> None:
-    columns = ["loss.name", "seed", "optimizer.lr", "trainer.devices", "val/loss", "test/acc"]
+    columns = ["loss.name", "seed", "optimizer.lr", "trainer.devices", "val/nll", "test/acc"]
     words = browser.open("hparams", [*columns, "Trial ID", *runs])
     # The table comes after the list of what could be in it.
     table = words[words.index("Trial ID") :]
-    assert table.index("loss.name") < table.index("seed") < table.index("val/loss")
+    assert table.index("loss.name") < table.index("seed") < table.index("val/nll")
     # Each run has its row: the name, then its values.
     for run in runs:
         row = table[table.index(run) :]
-        assert row[1] == run.rsplit("-s0-", 1)[0]
+        assert row[1] == run.removesuffix(" s0")
 
 
 def test_the_formulations_share_custom_charts(browser: pictures.Browser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,14 +14,17 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from equiloss.data.sampler import Slice
+from equiloss.data.sources import ArraySource
+from equiloss.data.splits import Splits
 from equiloss.records import tensorboard
 from equiloss.records.plots import draw_confusion
 from equiloss.records.results import metric_names, read_metrics
-from equiloss.records.tensorboard import HPARAMS, RunTensorBoard, chart_layout
+from equiloss.records.tensorboard import HPARAMS, RunTensorBoard, chart_layout, tag
 from equiloss.records.writing import FileError
 from equiloss.run import run
+from equiloss.training import evaluation_figures
 from equiloss.training.evaluation_figures import draw_worst
-from support import composed, no_room
+from support import Run, composed, no_room
 
 FORMULATIONS = ["softmax_nll", "log_softmax_nll", "cross_entropy"]
 
@@ -37,7 +39,9 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
 
 
 def test_every_metric_is_a_scalar(events: EventAccumulator) -> None:
-    assert set(metric_names(FORMULATIONS)) <= set(events.Tags()["scalars"])
+    tags = set(events.Tags()["scalars"])
+    assert {tag(name) for name in metric_names(FORMULATIONS)} <= tags
+    assert not any(each.startswith("parity/") for each in tags)
     assert [event.step for event in events.Scalars("train/loss")] == list(range(46))
     assert [event.step for event in events.Scalars("val/nll")] == [22, 45]
 
@@ -59,13 +63,13 @@ def test_hparams_have_the_constant_keys(events: EventAccumulator) -> None:
     ).experiment
     assert {info.name for info in experiment.hparam_infos} == {*HPARAMS, "loss.options"}
     metrics = {info.name.tag for info in experiment.metric_infos}
-    assert metrics == set(metric_names(FORMULATIONS))
+    assert metrics == {"val/nll", "val/acc", "test/nll", "test/acc"}
     start = HParamsPluginData.FromString(
         plugin_data(events, "_hparams_/session_start_info")
     ).session_start_info
     assert start.hparams["loss.name"].string_value == "cross_entropy"
     assert start.hparams["loss.label_smoothing"].string_value == "0.1"
-    assert json.loads(start.hparams["loss.options"].string_value) == {"z_loss": 0.0}
+    assert start.hparams["loss.options"].string_value == "z_loss=0.0"
 
 
 def test_the_three_formulations_share_a_chart(events: EventAccumulator) -> None:
@@ -76,9 +80,9 @@ def test_the_three_formulations_share_a_chart(events: EventAccumulator) -> None:
         for category in layout.category
         for chart in category.chart
     }
-    expected = [f"parity/{name}/loss_error$" for name in FORMULATIONS]
+    expected = [f"verification/{name}/loss_error$" for name in FORMULATIONS]
     assert charts["loss error (nats)"] == expected
-    assert set(chart_layout(FORMULATIONS)) == {"parity", "training"}
+    assert list(chart_layout(FORMULATIONS)) == ["verification", "training"]
 
 
 def test_the_config_is_there_as_text(events: EventAccumulator) -> None:
@@ -87,8 +91,8 @@ def test_the_config_is_there_as_text(events: EventAccumulator) -> None:
 
 
 def test_figures_are_there(events: EventAccumulator) -> None:
-    for tag in ("test/confusion", "test/worst_images"):
-        (image,) = events.Images(tag)
+    for name in ("test/confusion", "test/worst_images"):
+        (image,) = events.Images(name)
         assert image.encoded_image_string.startswith(b"\x89PNG")
         assert image.width > 300
 
@@ -114,6 +118,28 @@ def test_the_worst_images_are_those_with_the_largest_loss() -> None:
     image = torch.as_tensor(figure.axes[0].images[0].get_array())
     batch = splits.test.__getitems__(Slice(0, torch.tensor([2])))
     assert torch.equal(image, batch.images[0, 0])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_images_of_any_channels_and_classes_of_any_name_are_drawn(channels: int) -> None:
+    images = torch.arange(2 * channels * 16).reshape(2, channels, 4, 4).byte()
+    source = ArraySource(images, torch.tensor([0, 1]))
+    each = (1.0,) * channels
+    splits = Splits(source, source, source, class_names=(r"$\frac{", "猫"), mean=each, std=each)
+    worst = torch.tensor([[5.0, 0, 1, 0], [3.0, 1, 0, 1]], dtype=torch.float64)
+    draw_worst(worst, splits).draw_without_rendering()
+    draw_confusion([[3, 1], [0, 7]], splits.class_names).draw_without_rendering()
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(
+    run_here: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of paint\nand more")
+
+    monkeypatch.setattr(evaluation_figures, "draw_confusion", broken)
+    assert run_here("debug=fast", "logger=tensorboard").status == "completed"
+    assert "no picture test/confusion: out of paint" in caplog.messages
 
 
 def board(directory: Path) -> RunTensorBoard:

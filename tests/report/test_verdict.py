@@ -37,8 +37,10 @@ def test_match(tmp_path: Path) -> None:
     assert verdict.word == "match"
     assert verdict.wrong == []
     assert "24 checks in 12 runs" in verdict.lines[0]
-    steps = "verdict: match; runs that differ in formulations alone take the same steps; the three "
-    assert verdict.headline.startswith(f"{steps}formulations agree on every run's logits (24 ")
+    assert verdict.headline == (
+        "verdict: match; the three formulations agree on every run's logits (24 checks, largest "
+        "error 0.1 of its bound); trajectories in float64 within 1e-09"
+    )
 
 
 def test_a_formulation_that_disagreed_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 from equiloss.cli import braille
 from equiloss.errors import UserError
 from equiloss.losses import registry
-from equiloss.losses.signature import Signature
+from equiloss.losses.signature import Option, Signature
 
 # Of the true class's probability, for two curves side by side in 80 columns of text.
 CURVE_POINTS = 56
@@ -194,7 +194,7 @@ def _usable_entry(name: str, source: str) -> Entry:
         name,
         f"equiloss {version('equiloss')}" if source == "equiloss" else source,
         options={key: option.default for key, option in signature.options.items()},
-        types={key: _type(option.annotation) for key, option in signature.options.items()},
+        types={key: _type(option) for key, option in signature.options.items()},
         supports=sorted(signature.supported),
         soft_targets=signature.soft_targets,
         shift_invariant=signature.is_shift_invariant(),
@@ -229,5 +229,13 @@ def _default_text(default: Any) -> str:
     return "(required)" if default == "???" else str(default)
 
 
-def _type(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+def _type(option: Option) -> str:
+    """What an option may be.
+
+    >>> _type(Option(str, "a", ("a", "b", None))), _type(Option(float, 1.0)), _type(Option(Any, 1))
+    ('a | b | null', 'float', 'typing.Any')
+    """
+    if option.choices:
+        return " | ".join(map(_default_text, option.choices))
+    kind = option.annotation
+    return kind.__name__ if type(kind) is type else str(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,8 +63,20 @@ verify = typer.Typer(
 app.add_typer(verify, name="verify")
 
 
+def _show_versions(asked: bool) -> None:
+    if asked:
+        packages = ("equiloss", "torch", "lightning", "hydra-core")
+        print(", ".join(f"{package} {version(package)}" for package in packages))
+        raise typer.Exit
+
+
 @app.callback()
-def _command() -> None:
+def _command(
+    versions: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_versions, is_eager=True, help="Show versions."),
+    ] = False,
+) -> None:
     """Losses for image classification that are the same number, however they are written."""
 
 
@@ -225,9 +238,9 @@ def report(
 
     comparison = write_report(directories, output)
     head, rows = table(comparison)
-    metrics = Table(*head[:6], box=box.SIMPLE_HEAD)
+    metrics = Table(*head[:5], box=box.SIMPLE_HEAD)
     for row in rows:
-        metrics.add_row(*map(plain, row[:6]))
+        metrics.add_row(*map(plain, row[:5]))
     console = Console()
     console.print(metrics)
     for place, why in comparison.run_set.skipped.items():

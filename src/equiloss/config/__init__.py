@@ -20,6 +20,7 @@ from equiloss.config.parity import ParityConfig
 from equiloss.config.trainer import PRECISIONS, REFUSED_TRAINER_ARGUMENTS, TrainerConfig
 from equiloss.config.training import (
     SPLIT_METRICS,
+    CallbacksConfig,
     CheckpointConfig,
     EarlyStoppingConfig,
     OptimizerConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "REFUSED_TRAINER_ARGUMENTS",
     "SPLIT_METRICS",
     "AugmentConfig",
+    "CallbacksConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -81,6 +83,11 @@ class Config:
     """best | last: the weights that are tested after a fit."""
     objective: str = "val/nll"
     """Metric that `train.py` returns to a sweeper."""
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    init_from: str | None = None
+    """Checkpoint whose weights a fit starts from; its schedule begins anew."""
+    tags: list[str] = field(default_factory=list)
+    """Words to find the run by, which change nothing in it."""
     progress_bar: bool = True
     """Show progress while the run goes on."""
     model_summary: bool = True
@@ -94,6 +101,10 @@ class Config:
         names = [f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS]
         choose("objective", self.objective, names)
         require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), got {self.seed}")
+        require(
+            self.init_from is None or self.task == "fit",
+            f"init_from is where task=fit starts from, and task={self.task} has ckpt_path or run",
+        )
         require(
             (self.ckpt_path is None) == (self.task == "fit"),
             "ckpt_path names the checkpoint for task=validate and task=test, and only there (or "

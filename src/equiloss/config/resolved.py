@@ -18,9 +18,18 @@ from equiloss.config.training import mode_of
 from equiloss.errors import ConfigError
 
 # What only a person sees: a completed run is the same run without it.
-PRESENTATION = frozenset({"progress_bar", "model_summary", "resume", "in_use"})
+PRESENTATION = frozenset({"progress_bar", "model_summary", "resume", "in_use", "tags"})
 # Keys that each stored configuration has, whatever its version.
 MARKS = frozenset({"loss", "data", "model", "optimizer", "trainer", "parity", "task", "seed"})
+
+
+# What may stand in the place of a value that is missing.
+EXAMPLES = {
+    "loss.target": " (such as loss.target=torch.nn:CrossEntropyLoss or my_module:my_loss)",
+    "model.target": " (such as model.target=my_module:my_network)",
+    "data.target": " (such as data.target=my_module:my_splits)",
+    "data.root": " (the directory that holds the data)",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
     """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
-        raise ConfigError(f"missing value: {', '.join(missing)}")
+        named = (f"{key}{EXAMPLES.get(key, '')}" for key in missing)
+        raise ConfigError(f"missing value: {', '.join(named)}")
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     try:
         check_plain(plain)

@@ -106,3 +106,11 @@ class EarlyStoppingConfig:
         _check_monitor("early_stopping", self.monitor, self.mode)
         positive("early_stopping.patience", self.patience)
         finite("early_stopping.min_delta", self.min_delta)
+
+
+@dataclass
+class CallbacksConfig:
+    """Callbacks of Lightning's, by names of one's own."""
+
+    items: dict[str, Any] = field(default_factory=open_dict)
+    """NAME: {target: package.module:Class, and keyword arguments}."""

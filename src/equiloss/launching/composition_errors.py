@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 import traceback
 from collections.abc import Sequence
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,11 +23,15 @@ NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calcula
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Refuse numbers that Python does not read: Hydra would end with a traceback.
+    """Refuse what Hydra would end at with a traceback, or take for something else.
 
     Raises:
         ConfigError: naming the word of the command line.
     """
+    given = dict(word.split("=", 1) for word in words if word.startswith(("loss=", "loss.name=")))
+    name = given.get("loss.name", "cross_entropy")
+    if "loss" not in given and name != "cross_entropy":
+        raise ConfigError(f"loss.name={name} would keep the options of another: give loss={name}")
     for word in words:
         if re.search(r"[\d_]{4300}", word):
             raise ConfigError(f"{word[:100]}… has a number of more than 4300 digits: shorten it")
@@ -78,7 +84,26 @@ def of_composition(error: BaseException) -> bool:
     return ours or raised_in in ("hydra", "omegaconf")
 
 
+def _quoted(error: OverrideParseException) -> str:
+    """What is wrong with an override that Hydra cannot read, and how it is written if it can be."""
+    override = str(error.override)
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override} is no override: they read key=value, +key=value or ~key"
+    quoted = '{}="{}"'.format(key, value.replace("\\", "\\\\").replace('"', '\\"'))
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except HydraException:
+        return f"{override} cannot be read: the key, too, has characters that Hydra knows not"
+    return (
+        f"{override}: a value with ~, =, spaces or letters beyond ASCII is written in quotes of "
+        f"its own: {shlex.quote(quoted)}"
+    )
+
+
 def _explain_composition(error: BaseException) -> str:
+    if isinstance(error, OverrideParseException):
+        return _quoted(error)
     if isinstance(error, AssertionError):  # Hydra's own, about itself
         return "Hydra cannot compose this command line: see the value of each group"
     cause: BaseException = error

@@ -31,7 +31,7 @@ from equiloss.launching import console, ranks, slots, streams
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.job import Job, trace
 from equiloss.launching.resume import claim, is_completed
-from equiloss.launching.stored_run import of_run
+from equiloss.launching.stored_run import of_run, user_paths
 from equiloss.records.atomic import write_atomically
 from equiloss.records.ledger import ATTEMPT, Ledger
 from equiloss.records.results import Result
@@ -64,6 +64,7 @@ def launch(composed: DictConfig, run: str) -> float:
 def _launch(composed: DictConfig, run_dir: Path, job: Job) -> float:
     try:
         with interruption.prevailing():
+            user_paths(composed)
             resolved = resolve(of_run(composed, HydraConfig.get().overrides.task))
             membership.join(resolved.config.trainer)
             return _do(resolved, run_dir, job)

@@ -1,19 +1,33 @@
-"""`task=test run=DIR`: a run is evaluated by the configuration that it was trained with."""
+"""Paths on the command line; `task=test run=DIR`, an evaluation by a run's own configuration."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import to_absolute_path
+from hydra.utils import get_original_cwd, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config.resolved import from_stored, leaves
 from equiloss.errors import ConfigError
 from equiloss.records.reading import read_yaml
 from equiloss.records.run_dir import BEST, CHECKPOINTS, CONFIG, LAST
+
+
+def user_paths(composed: DictConfig) -> None:
+    """Have paths count from where the user stood, and `~` be the user's own directory.
+
+    A path that already does stays as it is written: it is part of what a run is known by.
+    """
+    for key in ("data.root", "ckpt_path", "init_from"):
+        path = OmegaConf.select(composed, key, throw_on_missing=False)
+        if isinstance(path, str):
+            path = os.path.expanduser(path)  # noqa: PTH111  # which would write it anew
+            moved = Path.cwd() != Path(get_original_cwd())
+            OmegaConf.update(composed, key, to_absolute_path(path) if moved else path)
 
 
 def of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -34,7 +48,7 @@ def of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
         return composed
     if composed.task == "fit":
         raise ConfigError(f"run={name} is evaluated, by task=test or task=validate")
-    directory = Path(to_absolute_path(str(name)))
+    directory = Path(to_absolute_path(os.path.expanduser(str(name))))  # noqa: PTH111
     stored = from_stored(read_yaml(directory / CONFIG))
     if stored is None:
         raise ConfigError(f"run={name}: its {CONFIG} is no configuration of a run")

@@ -47,7 +47,8 @@ def check_options(name: str, signature: Signature, options: Mapping[str, Any]) -
             raise LossError(unknown(f"option of loss {name!r}", key, signature.options))
         choices = signature.options[key].choices
         if choices and value not in choices:
-            raise LossError(unknown(f"value of loss.{key}", str(value), choices))
+            known = ["null" if choice is None else str(choice) for choice in choices]
+            raise LossError(unknown(f"value of loss.{key}", str(value), known))
     required = [
         key
         for key, option in signature.options.items()

@@ -48,8 +48,8 @@ class Option:
     """Type that OmegaConf checks; Any where it knows none."""
     default: Any
     """Default value, or omegaconf.MISSING where the loss requires one."""
-    choices: tuple[str, ...] = ()
-    """What a Literal annotation allows."""
+    choices: tuple[Any, ...] = ()
+    """What a Literal annotation allows; None among them where it is optional."""
 
 
 @dataclass(frozen=True)
@@ -209,15 +209,41 @@ def _option(key: str, parameter: inspect.Parameter, hints: Mapping[str, Any]) ->
         # null, `balanced` or a list: the criterion turns it into a tensor.
         return Option(Any, None)
     annotation = hints.get(key, Any if default in (None, MISSING) else type(default))
-    if typing.get_origin(annotation) is typing.Literal:
-        return Option(str, default, typing.get_args(annotation))
+    choices = _choices(annotation)
+    if choices:
+        return Option(str if {*map(type, choices)} == {str} else Any, default, choices)
     return Option(annotation if _is_plain(annotation) else Any, default)
 
 
-def _is_plain(annotation: Any) -> bool:
-    """Whether OmegaConf checks values of this type."""
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """What a Literal allows, alone or with None; () for another annotation.
+
+    >>> _choices(typing.Literal[1, 2]), _choices(typing.Literal["a"] | None), _choices(float)
+    ((1, 2), ('a', None), ())
+    """
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return all(_is_plain(arg) for arg in typing.get_args(annotation) if arg is not type(None))
+        parts = [
+            (None,) if part is type(None) else _choices(part)
+            for part in typing.get_args(annotation)
+        ]
+        if all(parts) and parts != [(None,)]:
+            return tuple(choice for part in parts for choice in part)
+    return ()
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether OmegaConf checks values of this type.
+
+    >>> _is_plain(list[float]), _is_plain(dict[str, int] | None), _is_plain(tuple[int, int])
+    (True, True, False)
+    """
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return all(_is_plain(part) for part in inner if part is not type(None))
+    if origin in (list, dict):
+        return all(part in (bool, int, float, str) for part in inner)
     return annotation in (bool, int, float, str)
 
 

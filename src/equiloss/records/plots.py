@@ -8,6 +8,7 @@ from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from equiloss.errors import printable
 
@@ -20,8 +21,18 @@ MOST_LETTERS = 200
 
 
 def label(name: str, width: int = MOST_LETTERS) -> str:
-    """A name as Matplotlib shows it, in lines of some width: as it is, though it had a formula."""
-    text = printable(name)
+    r"""A name as Matplotlib shows it, in lines of some width: as it is, though it had a formula.
+
+    Letters that its font lacks are written out, where it would draw boxes.
+
+    >>> label("naïve 猫")
+    'naïve \\u732b'
+    """
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    text = "".join(
+        letter if ord(letter) in known else letter.encode("ascii", "backslashreplace").decode()
+        for letter in printable(name)
+    )
     text = text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"
     return fill(text, width).replace("$", r"\$")
 

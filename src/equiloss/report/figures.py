@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from equiloss.errors import first_line
 from equiloss.records import plots
 from equiloss.report import panels
 from equiloss.report.compare import TIMING, Comparison
@@ -49,8 +50,10 @@ def draw_all(comparison: Comparison, directory: Path) -> list[Picture]:
             if (figure := picture.draw(comparison)) is not None:
                 figure.savefig(file, dpi=panels.DPI, metadata={"Software": None})
                 drawn.append(picture)
-        except (ValueError, ArithmeticError):  # Matplotlib's, whose axes end before float64 does
-            comparison.run_set.skipped[file.name] = "is not drawn: its values are too far apart"
+        except OSError:
+            raise
+        except Exception as error:  # a picture ends no report, whatever Matplotlib fails at
+            comparison.run_set.skipped[file.name] = f"is not drawn: {first_line(error)}"
     return drawn
 
 
@@ -60,12 +63,12 @@ def _finite(points: Iterable[tuple[float, ...]]) -> list[tuple[float, ...]]:
 
 def _curves(comparison: Comparison) -> Figure | None:
     """Learning curves: mean over seeds, and the range between them."""
-    metrics = (
-        ("train/loss", "training loss (nats)", "log"),
-        ("val/nll", "validation nll (nats)", "log"),
-        ("val/acc", "validation accuracy", "linear"),
-    )
+    metrics = [("val/nll", "validation nll (nats)", "log")]
+    metrics += [("val/acc", "validation accuracy", "linear")]
     groups = comparison.groups[:MAX_CURVES]
+    if len({_function(group) for group in groups}) == 1:
+        # Losses that are other functions cannot be compared on one axis.
+        metrics.insert(0, ("train/loss", "training loss (nats)", "log"))
     if not any(group.curve(name) for group in groups for name, _, _ in metrics):
         return None
     figure, grid = panels.in_rows(len(metrics), 3, height=3.1)
@@ -73,6 +76,7 @@ def _curves(comparison: Comparison) -> Figure | None:
     for axes, (name, ylabel, scale) in zip(grid, metrics, strict=True):
         axes.set(xlabel="optimizer step", ylabel=ylabel)
         curves = {group.label: _finite(group.curve(name)) for group in groups}
+        looks = panels.with_widths(looks, curves)
         for label, curve in curves.items():
             if curve:
                 steps, means, lows, highs = zip(*curve, strict=True)
@@ -85,6 +89,15 @@ def _curves(comparison: Comparison) -> Figure | None:
             axes.set_yscale("log")
     panels.legend_below(figure, grid)
     return figure
+
+
+def _function(group: Group) -> str:
+    """What its loss computes: the same for formulations of one function."""
+    settings = group.runs[0].settings
+    own = {key: v for key, v in settings.items() if key.startswith("loss.") and v}
+    if group.runs[0].loss in settings.get("parity.formulations", ()):
+        del own["loss.name"]
+    return repr(sorted(own.items()))
 
 
 def _parity(comparison: Comparison) -> Figure | None:
@@ -104,7 +117,8 @@ def _parity(comparison: Comparison) -> Figure | None:
     figure, grid = panels.in_rows(len(errors), 3, height=3.1)
     for axes, (error, label) in zip(grid, errors.items(), strict=True):
         bound = 1.0 if error == "ratio" else None
-        panels.logarithmic(axes, curves[error], panels.styles(formulations), bound)
+        looks = panels.with_widths(panels.styles(formulations), curves[error])
+        panels.logarithmic(axes, curves[error], looks, bound)
         axes.set(xlabel="optimizer step", ylabel=label)
     panels.legend_below(figure, grid)
     return figure
@@ -126,13 +140,9 @@ def _divergence(comparison: Comparison) -> Figure | None:
         return None
     figure, grid = panels.in_rows(len(by_panel), 2, height=3.4)
     looks = panels.styles(dict.fromkeys(name for curves in by_panel.values() for name in curves))
-    # Several seeds have curves of one colour, which should not hide each other.
-    several = any(len(seeds) > 1 for curves in by_panel.values() for seeds in curves.values())
-    scale = 0.7 if several else 1
     for axes, (key, curves) in zip(grid, sorted(by_panel.items()), strict=True):
         kind, inexact, precision = key
-        widths = {name: panels.line_width(number) * scale for number, name in enumerate(curves)}
-        here = {name: {**looks[name], "linewidth": widths[name]} for name in curves}
+        here = panels.with_widths(looks, curves)
         panels.logarithmic(axes, curves, here, bound=None if inexact else FLOAT64_BOUND)
         axes.set(xlabel="optimizer step", ylabel="relative difference")
         axes.set_title(plots.label(f"{kind}, {precision}"), fontsize=10)
@@ -176,10 +186,17 @@ def _calibration(comparison: Comparison) -> Figure | None:
     if not curves:
         return None
     figure, (axes, rows) = panels.in_rows(2, 2, height=3.4)
-    for label, style in panels.styles(list(curves)[:MAX_CURVES]).items():
-        xs, ys, counts = zip(*curves[label], strict=True)
+    shown = dict(list(curves.items())[:MAX_CURVES])
+    for label, style in panels.with_widths(panels.styles(shown), shown).items():
+        xs, ys, counts = zip(*shown[label], strict=True)
         drawn = {"marker": "o", "markersize": style["linewidth"] + 2, "clip_on": False, **style}
-        axes.plot(xs, ys, label=label, **drawn)
+        ends = [_wilson(y, count) for y, count in zip(ys, counts, strict=True)]
+        bars = [[y - low for y, (low, _) in zip(ys, ends, strict=True)]]
+        bars += [[high - y for y, (_, high) in zip(ys, ends, strict=True)]]
+        # No line between bins: of a few samples it would go up and down by chance.
+        axes.errorbar(
+            xs, ys, yerr=bars, label=label, capsize=2, elinewidth=0.8, **drawn | {"linestyle": ""}
+        )
         rows.plot(xs, counts, **drawn)
     axes.plot((0, 1), (0, 1), color="black", linewidth=1, linestyle=":", label="calibrated")
     axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
@@ -195,6 +212,18 @@ def _reliability(runs: Sequence[Mapping[str, Sequence[float]]]) -> list[tuple[fl
         for key in ("rows", "confidence", "right")
     )
     return [(c / n, r / n, n) for n, c, r in zip(*sums, strict=True) if n]
+
+
+def _wilson(share: float, count: float) -> tuple[float, float]:
+    """95 % interval of a share of so many samples; Wilson, JASA 22, 1927.
+
+    >>> [round(end, 2) for end in _wilson(1.0, 4)], [round(end, 3) for end in _wilson(0.5, 1000)]
+    ([0.51, 1.0], [0.469, 0.531])
+    """
+    z2 = 1.96**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return min(middle - half, share), max(middle + half, share)
 
 
 def _time(comparison: Comparison) -> Figure | None:
@@ -250,7 +279,8 @@ PICTURES = (
     Picture(
         "calibration",
         "Reliability",
-        "Of predictions with about the same confidence on the test split, how many are right.",
+        "Of predictions with about the same confidence on the test split, how many are right, with "
+        "the 95 % interval of their number (Wilson).",
         _calibration,
     ),
     Picture("time", "Time and throughput", "Mean and standard deviation over seeds.", _time),

@@ -19,24 +19,40 @@ DASHES = ("-", "--", ":", "-.")
 # Shown 800 pixels wide, as a README does, letters of 9 points are 10 pixels high.
 WIDTH = 9.6  # inches
 DPI = 150
+# Of a curve in points, and of those that are below one, two, … equal ones.
+WIDTHS = (1.4, 3.6, 5.8, 8.0)
 
 
 def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, dashes and width of each label's curve."""
     looks = zip(labels, itertools.cycle(itertools.product(DASHES, COLOURS)), strict=False)
     return {
-        label: {"color": colour, "linestyle": dash, "linewidth": line_width(number)}
-        for number, (label, (dash, colour)) in enumerate(looks)
+        label: {"color": colour, "linestyle": dash, "linewidth": WIDTHS[0]}
+        for label, (dash, colour) in looks
     }
 
 
-def line_width(number: int) -> float:
-    """Width of a panel's curve in points: those that should be the same lie on each other.
+def with_widths(
+    looks: Mapping[str, dict[str, Any]], curves: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Styles of a panel: of equal curves, which would hide each other, each is wider below.
 
-    >>> [round(line_width(number), 1) for number in range(4)]
-    [3.6, 2.4, 1.2, 1.0]
+    >>> looks = with_widths({"a": {}, "b": {}, "c": {}}, {"a": [1], "b": [2], "c": [1]})
+    >>> [(label, look["linewidth"]) for label, look in looks.items()]
+    [('a', 3.6), ('b', 1.4), ('c', 1.4)]
     """
-    return max(3.6 - 1.2 * number, 1.0)
+    equal: dict[str, list[str]] = {}
+    for label, curve in curves.items():
+        equal.setdefault(repr(curve), []).append(label)
+    above = {
+        label: len(labels) - 1 - place
+        for labels in equal.values()
+        for place, label in enumerate(labels)
+    }
+    return {
+        label: {**looks[label], "linewidth": WIDTHS[min(above[label], len(WIDTHS) - 1)]}
+        for label in curves
+    }
 
 
 def in_rows(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:

@@ -118,10 +118,10 @@ def difference(
     weights to start from and the same order of samples are in both. Otherwise by Welch's interval
     (Welch, "The generalization of 'Student's' problem", Biometrika 34, 1947).
 
-    >>> difference({0: [0.5], 1: [0.7]}, {0: [0.4], 1: [0.5]}, "min")
-    Difference(mean=0.15, half_width=0.63531)
-    >>> difference({0: [0.5]}, {0: [0.4]}, "max").mean
-    -0.1
+    >>> print(difference({0: [0.5], 1: [0.75]}, {0: [0.25], 1: [0.25]}, "min"))
+    +0.375 ± 1.6
+    >>> print(difference({0: [0.5]}, {0: [0.25]}, "max"))
+    -0.25
     """
     if not values or not best:
         return None

@@ -37,19 +37,17 @@ class Verdict:
     """The same with the figures, and from which step on."""
     agreement: str = ""
     """What agrees with what, in how many checks and how closely."""
-    kinds: list[str] = field(default_factory=list)
-    """In what runs differ that should take the same steps: formulations, world sizes."""
 
     @property
     def headline(self) -> str:
         """The word, and what it is about."""
         parts = [self.word] if self.word != "agree" else []
-        if self.word == "match":
-            parts.append(f"runs that differ in {' or '.join(self.kinds)} alone take the same steps")
-        elif self.word == "differs":
+        if self.word == "differs":
             parts.append(listed(self.wrong))
         if self.agreement:
             parts.append(self.agreement)
+        if self.ways["float64"] == "match":
+            parts.append(f"trajectories in float64 within {FLOAT64_BOUND:g}")
         return printable(f"verdict: {'; '.join(parts)}")
 
     def __str__(self) -> str:
@@ -155,7 +153,6 @@ def judge(runs: Sequence[Run], pairs: Sequence[Pair], seed_drift: Sequence[float
     if verdict.wrong:
         verdict.word = "differs"
     elif verdict.ways["lockstep"] == "match":
-        verdict.kinds = sorted({pair.kind for pair in pairs})
         verdict.word = "match" if pairs else "agree"
     return verdict
 

@@ -221,6 +221,51 @@ class Checkpoints(Checkpoint):
         return {}
 
 
+def give_weights(module: Classifier, *, continued: bool) -> None:
+    """Load the weights that the configuration names: to evaluate, or for a fit to start from.
+
+    Args:
+        module: Gets them.
+        continued: Whether the fit goes on from a state of its own.
+
+    Raises:
+        CheckpointError: as `load_weights` and `start_from`.
+    """
+    config = module.config
+    if config.task != "fit":
+        load_weights(module, Path(str(config.ckpt_path)))
+    elif config.init_from is not None and not continued:
+        log.info("starting with %s", start_from(module, Path(config.init_from)))
+
+
+def start_from(module: Classifier, path: Path) -> str:
+    """Give a network the weights of a checkpoint, but for a head of another size.
+
+    Returns:
+        What was taken, in words.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or none of ours, or has other tensors.
+    """
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    RunState.load(loaded, path)
+    own = {n: t for n, t in module.state_dict().items() if n.startswith("model.")}
+    given = {n: t for n, t in loaded["state_dict"].items() if n.startswith("model.")}
+    fits_not = [n for n in own if n not in given or own[n].shape != given[n].shape]
+    fits_not += sorted(given.keys() - own.keys())
+    head = [n for n in own if n.rpartition(".")[0] == [*own][-1].rpartition(".")[0]]
+    odd = [name for name in fits_not if name not in head]
+    if odd:
+        raise CheckpointError(
+            f"init_from={path} does not fit model {module.config.model.name!r}: "
+            f"{len(odd)} tensors are others, {odd[0]} the first"
+        )
+    kept = {name: tensor for name, tensor in given.items() if name not in fits_not}
+    module.load_state_dict(kept, strict=False)
+    new = f"; the head is new ({', '.join(fits_not)})" if fits_not else ""
+    return f"{len(kept)} tensors from {path}{new}"
+
+
 def load_weights(module: Classifier, path: Path) -> dict[str, float]:
     """Load a checkpoint's weights into a classifier.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +14,15 @@ from torch import Tensor
 
 from equiloss.data.sampler import Slice
 from equiloss.distributed import collectives
-from equiloss.records.plots import draw_confusion
+from equiloss.errors import first_line
+from equiloss.records.plots import draw_confusion, label
 from equiloss.records.tensorboard import RunTensorBoard
 
 if TYPE_CHECKING:
     from equiloss.data.datasets import Batch, Splits
     from equiloss.training.classifier import Classifier
+
+log = logging.getLogger(__name__)
 
 WORST = 16
 
@@ -57,11 +62,18 @@ class EvaluationFigures(Callback):
             return
         confusion = pl_module.evaluated["test"].confusion.tolist()
         step = max(pl_module.global_step - 1, 0)
+        names = self.splits.class_names
+        figures: dict[str, Callable[[], Figure]] = {
+            "test/confusion": lambda: draw_confusion(confusion, names),
+            "test/worst_images": lambda: draw_worst(worst, self.splits),
+        }
         for logger in trainer.loggers:
             if isinstance(logger, RunTensorBoard):
-                names = self.splits.class_names
-                logger.add_figure("test/confusion", draw_confusion(confusion, names), step)
-                logger.add_figure("test/worst_images", draw_worst(worst, self.splits), step)
+                for tag, draw in figures.items():
+                    try:
+                        logger.add_figure(tag, draw(), step)
+                    except Exception as error:  # a picture decides no run, whatever it fails at
+                        log.warning("no picture %s: %s", tag, first_line(error))
 
 
 def draw_worst(worst: Tensor, splits: Splits) -> Figure:
@@ -73,13 +85,11 @@ def draw_worst(worst: Tensor, splits: Splits) -> Figure:
     for place, (image, row) in enumerate(zip(images, worst.tolist(), strict=True), start=1):
         nll, _, target, predicted = row
         axes = figure.add_subplot(lines, columns, place)
-        picture = image.permute(1, 2, 0).numpy()  # [C, H, W] -> [H, W, C]
-        axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray")
-        axes.set_title(
-            f"{splits.class_names[int(target)]}, taken for\n"
-            f"{splits.class_names[int(predicted)]}: {nll:.2f} nats",
-            fontsize=8,
-        )
+        # Of channels that are no colours their mean is shown.
+        shown = image if len(image) == 3 else image.float().mean(0, keepdim=True)
+        axes.imshow(shown.permute(1, 2, 0).numpy(), cmap="gray")  # [C, H, W] -> [H, W, C]
+        right, taken = (label(splits.class_names[int(each)], 24) for each in (target, predicted))
+        axes.set_title(f"{right}, taken for\n{taken}: {nll:.2f} nats", fontsize=8)
         axes.set_axis_off()
     return figure
 

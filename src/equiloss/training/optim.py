@@ -38,6 +38,13 @@ def build_optimizer(config: OptimizerConfig, module: nn.Module) -> Optimizer:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    foreign = sorted(config.options.keys() - takes.keys())
+    if foreign:
+        words = " ".join(f"~optimizer.options.{key}" for key in foreign)
+        raise ConfigError(
+            f"optimizer {config.name} has no option {', '.join(foreign)}: where that came with the "
+            f"file of another optimizer, start from optimizer=adamw or leave it out, as {words}"
+        )
     try:
         optimizer: Optimizer = getattr(optim, config.name)(
             [group for group in groups if group["params"]], lr=config.lr, **config.options
@@ -69,6 +76,12 @@ def build_scheduler(
         if name not in ("ReduceLROnPlateau", "_LRScheduler")
     ]
     names = ["constant", "cosine", "one_cycle", *known]
+    if config.name == "ReduceLROnPlateau":
+        raise ConfigError(
+            "scheduler.name=ReduceLROnPlateau is refused: it follows the validations, and a "
+            "schedule here is a function of the step, the same on all ranks and after a resume; "
+            "take cosine, or early stopping (callbacks=early_stopping)"
+        )
     if config.name not in names:
         raise ConfigError(unknown("scheduler.name", config.name, names))
     if config.name in ("constant", "cosine"):
@@ -78,15 +91,16 @@ def build_scheduler(
             )
     elif config.warmup_fraction:
         raise ConfigError(
-            "scheduler.warmup_fraction belongs to constant and cosine: "
-            f"{config.name} takes its own options"
+            "scheduler.warmup_fraction belongs to constant and cosine, and came with a file of "
+            f"theirs or the command: give scheduler=constant scheduler.name={config.name}, and its "
+            "own arguments as scheduler.options.<argument>"
         )
     try:
         if config.name == "constant":
             return LambdaLR(optimizer, lambda step: _warmup(step, warmup))
         if config.name == "cosine":
             return LambdaLR(optimizer, lambda step: cosine(step, warmup, total_steps))
-        if config.name == "one_cycle":
+        if config.name in ("one_cycle", "OneCycleLR"):
             peak = [float(group["lr"]) for group in optimizer.param_groups]
             # One step more: the schedule is advanced after the last optimizer step as well.
             return OneCycleLR(optimizer, peak, total_steps=total_steps + 1, **config.options)
