@@ -14,6 +14,7 @@ class WandbConfig:
     """Weights & Biases. The API key has no key here: `wandb login` or WANDB_API_KEY has it."""
 
     enabled: bool = False
+    """Whether to log there."""
     project: str | None = None
     """Project (null: WANDB_PROJECT, otherwise equiloss)."""
     entity: str | None = None
@@ -35,6 +36,7 @@ class MlflowConfig:
     """MLflow. Passwords have no key here: MLflow reads them from its own variables."""
 
     enabled: bool = False
+    """Whether to log there."""
     experiment: str | None = None
     """Experiment (null: MLFLOW_EXPERIMENT_NAME, otherwise equiloss)."""
     name: str | None = None

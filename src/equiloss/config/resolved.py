@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config import Config, TrainerConfig
 from equiloss.config.checks import check_plain, require
+from equiloss.config.documentation import help_text
 from equiloss.config.training import mode_of
 from equiloss.errors import ConfigError
 
@@ -184,6 +185,7 @@ def register_schema() -> None:
 
 # When this module is imported, as the workers of a parallel launcher do: they compose their own
 # job. The cache carries a sweep's name, made from the command, over to its jobs.
+OmegaConf.register_new_resolver("help_text", lambda: help_text(), replace=True)
 OmegaConf.register_new_resolver("presentation_keys", lambda: sorted(PRESENTATION), replace=True)
 OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)

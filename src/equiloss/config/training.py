@@ -93,6 +93,7 @@ class EarlyStoppingConfig:
     """Stop when validation no longer improves."""
 
     enabled: bool = False
+    """Whether validations may end the run."""
     monitor: str = "val/nll"
     """Metric to watch."""
     mode: str | None = None
