@@ -85,6 +85,15 @@ def test_a_strangers_directory_names_no_code(stored: Path) -> None:
     assert asked(*words, *code).model.target == "os:system"
 
 
+def test_a_strangers_run_logs_nowhere(stored: Path) -> None:
+    (stored / "config.yaml").write_text(
+        composed(*TRAINED, "logger=wandb", "data.download=true").text
+    )
+    config = resolve(asked("task=test", f"run={stored}")).config
+    assert not config.logger.wandb.enabled
+    assert not config.data.download
+
+
 def test_a_file_that_is_no_configuration_is_named(stored: Path) -> None:
     (stored / "config.yaml").write_text("a: 1\n")
     with pytest.raises(UserError, match=r"config\.yaml is no configuration of a run"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from equiloss.records.ledger import Ledger
-from equiloss.records.run_dir import LEDGER
+from equiloss.records.run_dir import CONFIG, LEDGER
 from equiloss.report.compare import LINKS, compare
 from equiloss.report.page import page, table, write_report
 from equiloss.report.ranking import difference, t975
@@ -55,7 +55,7 @@ def test_settings_have_the_names_that_the_sweep_gave_them(
     comparison = compare(find_runs([tmp_path]))
     labels = [group.label for group in comparison.groups]
     assert labels == ["balanced, lr=0.1", "focal, lr=0.1", "focal, lr=0.2"]
-    best, following, *_ = comparison.summary(tmp_path / "report")
+    best, following, *_ = comparison.summary(tmp_path / "report", [])
     assert best == (
         "best setting: balanced, lr=0.1: val/nll 0.220 ± 0.028 (mean and standard deviation of 2 "
         "seeds)"
@@ -74,7 +74,7 @@ def test_settings_have_the_names_that_the_sweep_gave_them(
 
 def test_one_seed_says_nothing_of_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     swept(tmp_path, monkeypatch, {key: v for key, v in FIGURES.items() if key[2] == 0})
-    _, following, *_ = compare(find_runs([tmp_path])).summary(tmp_path)
+    _, following, *_ = compare(find_runs([tmp_path])).summary(tmp_path, [])
     assert following.endswith("worse by 0.1; whether that is chance, several seeds would tell")
 
 
@@ -88,7 +88,7 @@ def test_a_difference_within_the_seeds_is_called_so(
         ("b", "0.1", 1): 0.35,
     }
     swept(tmp_path, monkeypatch, figures)
-    _, following, *_ = compare(find_runs([tmp_path])).summary(tmp_path)
+    _, following, *_ = compare(find_runs([tmp_path])).summary(tmp_path, [])
     assert following.endswith(": no more than seeds alone make")
 
 
@@ -107,7 +107,7 @@ def test_a_setting_without_a_figure_comes_last(tmp_path: Path) -> None:
     write_run(tmp_path / "c", "c")
     comparison = compare(find_runs([tmp_path]))
     assert comparison.groups[0].label == "c"
-    assert comparison.summary(tmp_path)[0].startswith("best setting: c: val/nll 0.5")
+    assert comparison.summary(tmp_path, [])[0].startswith("best setting: c: val/nll 0.5")
 
 
 def test_intervals_are_student_s() -> None:
@@ -134,6 +134,15 @@ def test_runs_have_readable_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert str(link.readlink()) == "../../run2"
     assert (link / "results.json").is_file()
     assert len(find_runs([tmp_path]).runs) == len(FIGURES)  # none twice
+
+
+def test_a_seed_that_is_a_path_leads_nowhere(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    text = (run / CONFIG).read_text()
+    (run / CONFIG).write_text(text.replace("seed: 0", "seed: x/../../../up"))
+    write_report([tmp_path])
+    (link,) = (tmp_path / "report" / LINKS).iterdir()
+    assert link.name == "cross_entropy sx .. .. .. up"
 
 
 def test_links_that_cannot_be_made_end_no_report(

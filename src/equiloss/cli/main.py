@@ -16,7 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
 from equiloss.cli import catalogue
@@ -245,7 +244,6 @@ def report(
     console.print(metrics)
     for place, why in comparison.run_set.skipped.items():
         print(printable(f"skipped {place}: {why}"), file=sys.stderr)
-    console.print(Text(str(comparison.verdict)), soft_wrap=True)
-    for line in comparison.summary(output or directories[0] / "report"):
-        if not line.startswith(("verdict: ", "Careful: ")):
-            console.print(plain(line), soft_wrap=True)
+    verdict = str(comparison.verdict).splitlines()
+    for line in comparison.summary(output or directories[0] / "report", verdict):
+        console.print(plain(line), soft_wrap=True)

@@ -90,7 +90,9 @@ def _report_on(sweep_dir: Path) -> list[str]:
     from equiloss.report.page import write_report
 
     try:
-        return write_report([sweep_dir]).summary(sweep_dir / "report")
+        comparison = write_report([sweep_dir])
+        verdict = (comparison.verdict.headline, *comparison.careful)
+        return comparison.summary(sweep_dir / "report", verdict)
     except Exception as error:
         print(f"warning: no report: {explain(error)}", file=sys.stderr)
         return []

@@ -38,14 +38,14 @@ def show(result: Result, run_dir: Path) -> None:
     console.print(table)
     console.print(plain(verdict(result.parity)), soft_wrap=True)
     if stop := result.stopped_early:
-        best = f" in epoch {stop['best_epoch']}" if stop["best_epoch"] else ""
-        console.print(
+        where = f" in epoch {stop['best_epoch']}" if stop["best_epoch"] else ""
+        best = "not finite" if stop["best"] is None else f"{stop['best']:.4g}"
+        line = (
             f"stopped early, in epoch {stop['epoch']} of {stop['of_epochs']}: {stop['monitor']} "
-            f"was best{best} ({stop['best']:.4g}), and has not improved in "
-            f"{stop['validations_without_improvement']} validations since",
-            highlight=False,
-            soft_wrap=True,
+            f"was best{where} ({best}), and has not improved in "
+            f"{stop['validations_without_improvement']} validations since"
         )
+        console.print(plain(line), soft_wrap=True)
     timing = result.timing
     if timing.get("train_s"):
         console.print(

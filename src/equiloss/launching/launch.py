@@ -122,9 +122,10 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     before = _version(run_dir / RESULTS)
     config = resolved.config
     about = f"{config.task}: {config.loss['name']}, {config.model.name}, {config.data.name}"
-    # At once: what a run imports takes seconds.
-    print(f"{about} in {run_dir}", flush=True)
-    note(run_dir, about)
+    if membership.is_first():
+        # At once: what a run imports takes seconds.
+        print(f"{about} in {run_dir}", flush=True)
+        note(run_dir, about)
     try:
         with interruption.prevailing():
             _run(resolved, run_dir, run)

@@ -11,10 +11,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_original_cwd, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
-from equiloss.config.resolved import from_stored, leaves
+from equiloss.config.resolved import PRESENTATION, from_stored, leaves
 from equiloss.errors import ConfigError
 from equiloss.records.reading import read_yaml
 from equiloss.records.run_dir import BEST, CHECKPOINTS, CONFIG, LAST
+
+# What a stranger's run does not decide: where is logged, what is fetched, what is shown.
+OF_THE_COMMAND = {"logger", "data.download", *PRESENTATION}
 
 
 def user_paths(composed: DictConfig) -> None:
@@ -57,7 +60,7 @@ def of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
     weights = LAST if stored["test_weights"] == "last" else BEST
     config = OmegaConf.create(stored)
     OmegaConf.update(config, "ckpt_path", str(directory / CHECKPOINTS / weights))
-    for key in sorted(given):
+    for key in sorted({*given, *OF_THE_COMMAND}):
         dotted = key.replace("/", ".")
         if dotted not in dict(leaves(own)) and not isinstance(_at(own, dotted), dict):
             raise ConfigError(f"{key} goes not with run=…: set keys, or groups such as trainer=")

@@ -38,6 +38,15 @@ FOLLOWED = {
     "ranks_differ": "the ranks' weights",
 }
 CHECKED = {"steps": int, "agree": bool, **dict.fromkeys(FOLLOWED, float | None)}
+# What is read of `Result.stopped_early`.
+STOPPED = {
+    "epoch": int,
+    "of_epochs": int | None,
+    "monitor": str,
+    "validations_without_improvement": int,
+    "best": float | None,
+    "best_epoch": int | None,
+}
 TRAIN_METRICS = ("loss", "grad_norm", "lr", "samples_per_s", "skipped_steps")
 
 
@@ -157,6 +166,7 @@ class Result:
         rules = {
             "status": result.status in ("completed", "failed", "interrupted"),
             "loss": fits(result.loss, {"name": str}),
+            "stopped_early": not result.stopped_early or fits(result.stopped_early, STOPPED),
             "parity": not parity or fits({**dict.fromkeys(FOLLOWED), **parity}, CHECKED),
             **{
                 f"parity of {name}": fits({"out_of_domain": 0, **each}, AGREEMENT)

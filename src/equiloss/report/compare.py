@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,18 @@ class Comparison:
     """Keys of the environment that are not the same in all completed runs, with their values."""
     run_set: RunSet
 
-    def summary(self, directory: Path) -> list[str]:
-        """What a screen says of the runs, the best setting first, and where the report lies."""
+    @property
+    def careful(self) -> list[str]:
+        """One line on keys that nobody has varied; nothing where there are none."""
+        said = f"Careful: runs differ in more than was swept: {listed(self.unasked)}."
+        return [said] if self.unasked else []
+
+    def summary(self, directory: Path, verdict: Sequence[str]) -> list[str]:
+        """What a screen says: the best setting, a verdict, and where the report lies."""
         tensorboard = shlex.join(["tensorboard", "--logdir", str(directory / LINKS)])
         return [
             *best(self.groups, self.objective),
-            self.verdict.headline,
-            *(line for line in self.verdict.lines if line.startswith("Careful: ")),
+            *verdict,
             f"report: {directory / 'report.md'}",
             f"curves: {tensorboard}",
         ]
@@ -68,9 +74,7 @@ def compare(run_set: RunSet) -> Comparison:
     between_seeds = [value for group in groups for value in group.between_seeds("test/loss")]
     unasked, unsure = _unswept_keys(run_set)
     verdict = judge(runs, pairs, between_seeds)
-    if unasked:
-        verdict.lines.append(f"Careful: runs differ in more than was swept: {listed(unasked)}.")
-    return Comparison(
+    comparison = Comparison(
         verdict=verdict,
         ratios=largest_ratios([Lockstep.from_run(run) for run in runs]),
         objective=objective,
@@ -84,6 +88,8 @@ def compare(run_set: RunSet) -> Comparison:
         environments=differing(dict(leaves(r.result.environment)) for r in runs if r.completed),
         run_set=run_set,
     )
+    verdict.lines += comparison.careful
+    return comparison
 
 
 def _unswept_keys(run_set: RunSet) -> tuple[list[str], list[str]]:

@@ -96,7 +96,7 @@ def _function(group: Group) -> str:
     settings = group.runs[0].settings
     own = {key: v for key, v in settings.items() if key.startswith("loss.") and v}
     if group.runs[0].loss in settings.get("parity.formulations", ()):
-        del own["loss.name"]
+        own.pop("loss.name", None)
     return repr(sorted(own.items()))
 
 

@@ -26,7 +26,7 @@ def link_runs(comparison: Comparison, folder: Path) -> None:
                 old.unlink()
         for group in comparison.groups:
             for run in group.runs:
-                _free(folder, f"{readable(group.label)} s{run.seed}").symlink_to(
+                _free(folder, f"{readable(group.label)} s{readable(str(run.seed))}").symlink_to(
                     os.path.relpath(run.directory, folder.resolve())
                 )
     except OSError as error:
