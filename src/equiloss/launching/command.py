@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ def main(application: Callable[[], Any]) -> None:
     """
     atexit.register(interruption.ignore_at_the_end)  # the first, and so the last to be called
     streams.make_optional()
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's: a line for each plugin
     membership.quieten_hydra(sys.argv)
     full_error = os.environ.get(FULL_ERROR)
     variables = {

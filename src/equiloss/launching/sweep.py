@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
+import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,13 @@ from omegaconf import DictConfig
 from equiloss.config.training import mode_of
 from equiloss.distributed import membership
 from equiloss.errors import UserError
+from equiloss.launching import sweep_table
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.lock import hold
 from equiloss.records.ledger import ATTEMPT, SWEEP, Entry, Ledger
+
+# Seconds between two looks at a ledger that other processes write.
+POLL = 1.0
 
 
 def direction(sweeper: Any, objective: str) -> str:
@@ -83,6 +89,9 @@ class SweepCallback(Callback):
             # Hydra turns an exception of a callback into a warning, and goes on.
             sys.exit(f"error: {explain(error)}")
         os.environ |= {SWEEP: str(directory), ATTEMPT: attempt}
+        if "submitit" in str(config.hydra.launcher.get("_target_")):
+            # Its jobs print into files of their own, and it waits for the last of them.
+            threading.Thread(target=_tell, args=(directory, attempt), daemon=True).start()
         sampler = config.hydra.sweeper.get("sampler")
         if sampler is not None and "seed" in sampler and sampler.seed is None:
             print(
@@ -94,6 +103,17 @@ class SweepCallback(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Let go of the directory; after a failure it is let go as the process ends."""
         self._held.close()
+
+
+def _tell(directory: Path, attempt: str) -> None:
+    """Print how far a sweep has come whenever a job has begun or ended; ends with the process."""
+    ledger, size = Ledger(directory), -1
+    with suppress(OSError, UserError):  # of a directory that is gone nothing is left to say
+        while True:
+            if (now := ledger.path.stat().st_size) != size:
+                size = now
+                print(sweep_table.line(directory, attempt), flush=True)
+            time.sleep(POLL)
 
 
 def current_sweep() -> tuple[Path, dict[int, Entry]] | None:

@@ -14,7 +14,7 @@ from rich.text import Text
 from equiloss.errors import ConfigError, printable
 from equiloss.launching.console import plain
 from equiloss.records.ledger import Attempt, Entry, Ledger
-from equiloss.report.groups import short_names
+from equiloss.report.groups import brief_values, short_names
 
 
 def line(sweep_dir: Path, attempt: str) -> str:
@@ -46,7 +46,7 @@ def table(sweep_dir: Path) -> tuple[Table, str]:
     entries = ledger.newest(begun.attempt)
     best = _best(begun, entries)
     jobs = Table("job", title=plain(sweep_dir.resolve().name), box=box.SIMPLE_HEAD)
-    names = short_names(begun.swept)
+    names, choices = short_names(begun.swept), _brief(entries)
     # A name that is cut short names nothing.
     for head in [*names.values()] or ["run"]:
         jobs.add_column(plain(head), overflow="fold")
@@ -57,7 +57,7 @@ def table(sweep_dir: Path) -> tuple[Table, str]:
         seconds = time.time() - entry.time if entry.status == "running" else entry.seconds
         jobs.add_row(
             str(entry.job),
-            *(plain(entry.choices.get(key, "")) for key in names),
+            *(plain(choices[entry.job].get(key, "")) for key in names),
             *([] if names else [plain(entry.directory)]),
             plain("completed earlier" if entry.skipped else entry.status),
             Text(f"{value} (best)", "bold") if entry == best else value,
@@ -81,7 +81,7 @@ def summary(sweep_dir: Path) -> list[str]:
         directory = sweep_dir / best.directory
         if Path.cwd() in directory.parents:
             directory = directory.relative_to(Path.cwd())
-        setting = _setting(begun, best)
+        setting = _setting(begun, best, entries)
         lines.append(f"best run{setting}: {directory}")
         lines.append(f"test it again: python train.py task=test run={shlex.quote(str(directory))}")
     return lines
@@ -106,17 +106,23 @@ def _line(ledger: Ledger, begun: Attempt, entries: dict[int, Entry]) -> str:
             parts.append(f"about {_duration(seconds)} to go")
     best = _best(begun, entries)
     if best is not None:
-        setting = _setting(begun, best) or f" in {best.directory}"
+        setting = _setting(begun, best, entries) or f" in {best.directory}"
         parts.append(f"best {begun.objective} {best.objective:.4g}{setting}")
     if damaged := ledger.damaged():
         parts.append(f"{damaged} damaged line{'s' if damaged > 1 else ''} in {ledger.path.name}")
     return printable(f"sweep {ledger.path.parent.name}: {', '.join(parts)}")
 
 
-def _setting(begun: Attempt, entry: Entry) -> str:
+def _brief(entries: dict[int, Entry]) -> dict[int, dict[str, str]]:
+    """What was chosen for each job, in few digits."""
+    briefly = brief_values([entry.choices for entry in entries.values()])
+    return dict(zip(entries, briefly, strict=True))
+
+
+def _setting(begun: Attempt, entry: Entry, entries: dict[int, Entry]) -> str:
     """What was chosen for a job, of the keys that vary: " (lr=0.1, seed=2)", or ""."""
-    names = short_names(begun.swept)
-    words = [f"{names[key]}={entry.choices[key]}" for key in names if key in entry.choices]
+    names, choices = short_names(begun.swept), _brief(entries)[entry.job]
+    words = [f"{names[key]}={choices[key]}" for key in names if key in choices]
     return f" ({', '.join(words)})" if words else ""
 
 

@@ -194,20 +194,44 @@ class RunMatcher:
         matches = self.equal_but_for("seed", self.runs)
         # The losses of one kind of run stand beside each other.
         matches.sort(key=lambda runs: (self.distinction(runs[0]), runs[0].loss))
-        labels = [chosen(runs[0]) for runs in matches]
+        settings = brief_values([runs[0].choices for runs in matches])
+        labels = [chosen(runs[0], choices) for runs, choices in zip(matches, settings, strict=True)]
         if "" in labels or len(set(labels)) < len(labels):
             labels = [runs[0].loss + self.distinction(runs[0]) for runs in matches]
         return [Group(label, runs) for label, runs in zip(labels, matches, strict=True)]
 
 
-def chosen(run: Run) -> str:
+def chosen(run: Run, choices: Mapping[str, str]) -> str:
     """A run's setting as its sweep chose it, without the seed; "" where that is not known."""
-    if not run.choices:
+    if not choices:
         return ""
-    names = short_names(run.choices)
-    others = {key: value for key, value in run.choices.items() if key not in ("loss", "seed")}
+    names = short_names(choices)
+    others = {key: value for key, value in choices.items() if key not in ("loss", "seed")}
     words = [f"{names[key]}={value}" for key, value in others.items()]
-    return ", ".join([run.choices.get("loss", run.loss), *words])
+    return ", ".join([choices.get("loss", run.loss), *words])
+
+
+def brief_values(settings: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Values as typed, numbers in few digits where these tell them apart from the others.
+
+    >>> brief_values([{"lr": "0.0123456789", "x": "0.123456"}, {"lr": "0.1", "x": "0.123457"}])
+    [{'lr': '0.01235', 'x': '0.123456'}, {'lr': '0.1', 'x': '0.123457'}]
+    """
+    shown: dict[str, dict[str, str]] = {}
+    for key in {key for choices in settings for key in choices}:
+        values = {choices[key] for choices in settings if key in choices}
+        brief = {value: _rounded(value) for value in values}
+        counts = Counter(brief.values())
+        shown[key] = {v: short if counts[short] == 1 else v for v, short in brief.items()}
+    return [{key: shown[key][value] for key, value in choices.items()} for choices in settings]
+
+
+def _rounded(text: str) -> str:
+    """A number in at most four digits, where that is shorter; other text as it is."""
+    try:
+        return min(f"{float(text):.4g}", text, key=len)
+    except ValueError:
+        return text
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
