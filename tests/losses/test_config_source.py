@@ -169,7 +169,7 @@ class TestCustom:
         assert Criterion(**plain(node)).options == {"factor": 3}
 
     def test_the_target_is_required(self):
-        with pytest.raises(ConfigError, match=r"^missing value: loss\.target$"):
+        with pytest.raises(ConfigError, match=r"^missing value: loss\.target \(such as "):
             resolved.resolve(composed("loss=custom"))
 
 

@@ -78,7 +78,10 @@ class TestOptimizer:
             ({"name": "sgd"}, r"unknown optimizer\.name 'sgd'. Did you mean 'SGD'"),
             ({"name": "AdmW"}, "Did you mean 'AdamW'"),
             ({"name": "lr_scheduler"}, "unknown optimizer.name"),
-            ({"options": {"betas": [0.9, 0.99]}}, "optimizer SGD: .* 'betas'"),
+            (
+                {"options": {"betas": [0.9, 0.99]}},
+                "optimizer SGD has no option betas: .* ~optimizer.options.betas",
+            ),
             ({"options": {"momentum": -1.0}}, "optimizer SGD: Invalid momentum"),
         ],
     )
