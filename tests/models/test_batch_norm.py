@@ -13,7 +13,7 @@ from equiloss.invariance.interruption import bits
 from equiloss.records.results import Result
 from equiloss.run import run
 from rank_functions import batch_norm_passes, run_in_rank, run_until_out_of_time
-from support import composed, final_weights
+from support import composed, final_weights, slow
 
 
 @pytest.mark.parametrize("counts", [[4, 3], [1, 0, 6]])
@@ -52,23 +52,27 @@ OPTIONS = (
 )
 
 
-def test_a_run_evaluates_what_its_checkpoint_has_and_resumes_to_the_bit(tmp_path: Path) -> None:
-    several = composed(*OPTIONS, "trainer=ddp_cpu")
-    run_ranks(run_in_rank, 2, several, tmp_path / "several")
+# Three add up in an order; two have none.
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=slow), 3])
+def test_a_run_evaluates_what_its_checkpoint_has_and_resumes_to_the_bit(
+    ranks: int, tmp_path: Path
+) -> None:
+    several = composed(*OPTIONS, "trainer=ddp_cpu", f"trainer.devices={ranks}")
+    run_ranks(run_in_rank, ranks, several, tmp_path / "several")
     result = Result.read(tmp_path / "several")
     last = tmp_path / "several" / "checkpoints" / "last.ckpt"
 
-    def evaluated(task: str, *options: str) -> dict[str, Any]:
-        config = composed(*OPTIONS, f"task={task}", f"ckpt_path='{last}'", *options)
-        return run(config, tmp_path / task).metrics
+    def evaluated(task: str) -> dict[str, Any]:
+        words = (f"task={task}", f"ckpt_path='{last}'", "trainer=ddp_cpu")
+        config = composed(*OPTIONS, *words, f"trainer.devices={ranks}")
+        run_ranks(run_in_rank, ranks, config, tmp_path / task)
+        return Result.read(tmp_path / task).metrics
 
-    # In one batch, as on two ranks in two: counts are equal, and sums up to their order.
+    # On as many ranks to the bit: on others the sums are added up in another order.
     again = {**evaluated("validate"), **evaluated("test")}
     names = [name for name in again if name.startswith(("val/", "test/"))]
     assert len(names) == 12
-    assert {n: again[n] for n in names} == pytest.approx(
-        {n: result.metrics[n] for n in names}, rel=1e-15
-    )
+    assert {n: again[n] for n in names} == {n: result.metrics[n] for n in names}
 
     run(composed(*OPTIONS), tmp_path / "one")
     one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "several")
@@ -76,9 +80,10 @@ def test_a_run_evaluates_what_its_checkpoint_has_and_resumes_to_the_bit(tmp_path
         if name != "model.mean":  # the first rank's
             torch.testing.assert_close(two[name], value, rtol=1e-11, atol=1e-12)
 
-    limited = composed(*OPTIONS, "trainer=ddp_cpu", "trainer.max_time=00:00:00:00")
+    devices = ("trainer=ddp_cpu", f"trainer.devices={ranks}")
+    limited = composed(*OPTIONS, *devices, "trainer.max_time=00:00:00:00")
     for _ in range(2):
-        run_ranks(run_until_out_of_time, 2, limited, tmp_path / "cut")
-    run_ranks(run_in_rank, 2, several, tmp_path / "cut")
+        run_ranks(run_until_out_of_time, ranks, limited, tmp_path / "cut")
+    run_ranks(run_in_rank, ranks, several, tmp_path / "cut")
     assert [part["from_step"] for part in Result.read(tmp_path / "cut").segments] == [0, 1, 2]
     assert set(bits(tmp_path / "cut", tmp_path / "several").values()) == {0}

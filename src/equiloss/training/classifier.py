@@ -22,7 +22,7 @@ from equiloss.models.dropout import RowKeys
 from equiloss.training import bitwise, optim
 from equiloss.training.metrics import Evaluated, EvaluationMetric
 from equiloss.training.state import Clock, Progress, RunState
-from equiloss.training.step import GlobalStep, MicroBatches, StepOutcome
+from equiloss.training.step import GlobalStep, MicroBatches, StepOutcome, settle_buckets
 
 
 class Classifier(LightningModule):
@@ -127,6 +127,7 @@ class Classifier(LightningModule):
         """Note from where training goes on, on how many ranks, and put the generators back."""
         world_size = collectives.world_size()
         self.progress.segments.append({"from_step": self.global_step, "world_size": world_size})
+        settle_buckets(self.trainer.strategy.model)
         # A run that continues inside an epoch does not start the epoch again.
         self.on_train_epoch_start()
         if self._resumed is not None and len(self._resumed.rng) == world_size:

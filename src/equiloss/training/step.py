@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -79,6 +80,25 @@ class _ReachingAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         return *gradient, *[None] * ctx.parameters
+
+
+def settle_buckets(model: nn.Module | None) -> None:
+    """Have data-parallel training sum gradients in the same order from its first step on.
+
+    DistributedDataParallel fills its buckets anew in the order in which its first backward pass
+    brought the gradients. Where three ranks or more add up, the place in a bucket decides the
+    order of a sum, and so its rounding: a run that goes on would take its first step with others.
+    Here a backward pass of zeros comes before, the last parameter first.
+
+    Args:
+        model: What the ranks train; nothing is done where it is on one.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    parameters = [p for p in model.module.parameters() if p.requires_grad][::-1]
+    model.reducer.prepare_for_backward([])
+    torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
+    model.zero_grad()
 
 
 class MicroBatches:
