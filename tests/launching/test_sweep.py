@@ -218,7 +218,7 @@ class TestProgress:
         assert "job loss lr status val/nll time" in " ".join(shown.split())
         assert sweep_table.line(tmp_path, "now").endswith("best val/nll 0.25 (loss=focal, lr=0.05)")
         assert "swept: loss (2 values), optimizer.lr (1 value); 2 of 2 runs completed" in shown
-        assert f"test it again: python train.py task=test run={tmp_path}/dir" in shown
+        assert f"test that run: python train.py task=test run={tmp_path}/dir" in shown
 
     def test_a_directory_without_a_sweep_is_refused(self, tmp_path: Path) -> None:
         shown = CliRunner().invoke(app, ["sweep", str(tmp_path)])

@@ -45,7 +45,9 @@ def table(sweep_dir: Path) -> tuple[Table, str]:
         )
     entries = ledger.newest(begun.attempt)
     best = _best(begun, entries)
-    jobs = Table("job", title=plain(sweep_dir.resolve().name), box=box.SIMPLE_HEAD)
+    better = "higher" if begun.direction == "maximize" else "lower"
+    title = f"{sweep_dir.resolve().name}: {begun.objective}, {better} is better"
+    jobs = Table("job", title=plain(title), box=box.SIMPLE_HEAD)
     names, choices = short_names(begun.swept), _brief(entries)
     # A name that is cut short names nothing.
     for head in [*names.values()] or ["run"]:
@@ -83,7 +85,7 @@ def summary(sweep_dir: Path) -> list[str]:
             directory = directory.relative_to(Path.cwd())
         setting = _setting(begun, best, entries)
         lines.append(f"best run{setting}: {directory}")
-        lines.append(f"test it again: python train.py task=test run={shlex.quote(str(directory))}")
+        lines.append(f"test that run: python train.py task=test run={shlex.quote(str(directory))}")
     return lines
 
 
