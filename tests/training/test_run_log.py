@@ -84,10 +84,11 @@ def test_top5_of_five_classes_says_nothing(
     assert ("acc_top5" in capsys.readouterr().out) == shown
 
 
-def test_a_terminal_has_a_bar_of_the_whole_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_has_a_bar_of_the_whole_run(columns: int, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, str(ROOT / "train.py"), "debug=fast", "trainer.max_epochs=2"]
-    variables = {**os.environ, "PYTHONPATH": PYTHONPATH, "COLUMNS": "120", "TERM": "xterm"}
+    variables = {**os.environ, "PYTHONPATH": PYTHONPATH, "COLUMNS": str(columns), "TERM": "xterm"}
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=tmp_path, env=variables)
     os.close(theirs)
     shown = b""
@@ -97,6 +98,8 @@ def test_a_terminal_has_a_bar_of_the_whole_run(tmp_path: Path) -> None:
     except OSError:  # the other end is closed
         pass
     assert process.wait(60) == 0
-    for words in (b"steps", b" left ", b"epoch 2/2", b"test batches", b"parameters"):
+    for words in (b"steps", b" left ", b"epoch 2/2", b"testing", b"parameters"):
         assert words in shown
     assert b"FLOPs" not in shown
+    assert "…".encode() not in shown  # nothing is cut short
+    assert (b"val/acc" in shown) == (columns == 120)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SHOWN = ("train/loss", "val/loss", "val/acc")
 HEADS = ("Name", "Type", "Params")
+# Letters of the bar itself, and of all that stands before the values.
+BAR, BEFORE = 12, 66
 # Seconds between two looks at how far the run is: each costs as much as a small network's layer.
 INTERVAL = 0.1
 
@@ -37,7 +39,7 @@ class LiveProgress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
         """Begin where the run begins, or goes on."""
         if trainer.is_global_zero:
-            self._begin(pl_module.total_steps, pl_module.global_step, pl_module, "steps")
+            self._begin(pl_module.total_steps, pl_module.global_step, "steps")
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: Classifier, *_: Any
@@ -54,7 +56,7 @@ class LiveProgress(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
         """A bar of the evaluation's batches."""
         if trainer.is_global_zero:
-            self._begin(int(sum(trainer.num_test_batches)), 0, pl_module, "test batches")
+            self._begin(int(sum(trainer.num_test_batches)), 0, "batches")
 
     def on_test_batch_end(self, *_: Any) -> None:
         """One batch more."""
@@ -69,11 +71,11 @@ class LiveProgress(Callback):
         """Leave the terminal as it was."""
         self._end()
 
-    def _begin(self, total: int, done: int, classifier: Classifier, unit: str) -> None:
+    def _begin(self, total: int, done: int, unit: str) -> None:
         self._end()
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=BAR),
             MofNCompleteColumn(),
             TextColumn(unit),
             TimeElapsedColumn(),
@@ -81,10 +83,8 @@ class LiveProgress(Callback):
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
         )
-        values = _text(classifier) if unit == "steps" else ""
-        self._bar.add_task(
-            "training" if unit == "steps" else "testing", total=total, completed=done, values=values
-        )
+        description = "training" if unit == "steps" else "testing"
+        self._bar.add_task(description, total=total, completed=done, values="")
         self._bar.start()
 
     def _show(self, trainer: Trainer, classifier: Classifier) -> None:
@@ -94,7 +94,7 @@ class LiveProgress(Callback):
             self._bar.task_ids[0],
             description=epoch_of(trainer),
             completed=classifier.global_step,
-            values=_text(classifier),
+            values=_text(classifier, self._bar.console.width - BEFORE),
         )
 
     def _end(self) -> None:
@@ -143,6 +143,10 @@ def epoch_of(trainer: Trainer) -> str:
     return f"epoch {trainer.current_epoch + 1}" + (f"/{trainer.max_epochs}" if known else "")
 
 
-def _text(classifier: Classifier) -> str:
+def _text(classifier: Classifier, room: int = 200) -> str:
+    """The newest values, as many as there is room for."""
     scalars = classifier.progress.scalars
-    return "  ".join(f"{name} {scalars[name]:.4f}" for name in SHOWN if name in scalars)
+    parts = [f"{name} {scalars[name]:.4f}" for name in SHOWN if name in scalars]
+    while parts and len("  ".join(parts)) > room:
+        parts.pop()
+    return "  ".join(parts)
