@@ -42,6 +42,21 @@ def test_a_right_loss_has_every_law_in_the_table_and_exits_0(right):
     assert "scaled, scale=2.0 conforms (25 laws: " in output
 
 
+def test_a_list_is_an_option_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_lists.py").write_text(
+        "import torch.nn.functional as F\n"
+        "def powered(logits, target, *, powers: list[float] = [1.0]):\n"
+        "    return F.cross_entropy(logits, target, reduction='none') * sum(powers)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code, output, _ = verify("my_lists:powered", "--set", "powers=[2,1.0]")
+    assert code == 0
+    assert "powered, powers=[2.0, 1.0] conforms" in output
+    _, _, error = verify("my_lists:powered", "--set", "powers=[a]")
+    assert error == "error: powers[0]: Value 'a' of type 'str' could not be converted to Float\n"
+
+
 def test_wrong_ones_get_a_line_each_then_their_counter_examples_and_exit_1(mutants):
     code, output, _ = verify("scalar", "noisy", "import_error")
     assert code == 1

@@ -177,7 +177,9 @@ def _given_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]
         except OmegaConfBaseException as error:
             raise LossError(explain(error)) from error
         keys.append(key)
-    return {key: node[key] for key in keys}
+    plain = OmegaConf.to_container(node)  # other processes take no list of OmegaConf's
+    assert isinstance(plain, dict)
+    return {key: plain[key] for key in keys}
 
 
 @verify.command()

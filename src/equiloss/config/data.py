@@ -32,7 +32,8 @@ class AugmentConfig:
             require(getattr(self, key) <= 1e6, f"data.augment.{key} must be at most 1e6")
         require(
             not (self.transforms and (self.shift or self.flip)),
-            "data.augment.transforms replaces data.augment.shift and .flip: set shift=0 flip=false",
+            "data.augment.transforms replaces data.augment.shift and .flip, which the file of data="
+            " may have set: add data.augment.shift=0 data.augment.flip=false",
         )
 
     @property
