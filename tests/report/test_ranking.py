@@ -145,6 +145,18 @@ def test_a_seed_that_is_a_path_leads_nowhere(tmp_path: Path) -> None:
     assert link.name == "cross_entropy sx .. .. .. up"
 
 
+@pytest.mark.parametrize("seed", ["[1, 2]", "{a: 1}"])
+def test_a_seed_or_a_figure_that_no_run_writes_ends_no_report(seed: str, tmp_path: Path) -> None:
+    for name, figure in (("a", 1e200), ("b", 1e308), ("c", 0.5), ("d", 0.25)):
+        run = write_run(tmp_path / name, name)
+        edit(run, metrics={"val/nll": figure})
+        (run / CONFIG).write_text((run / CONFIG).read_text().replace("seed: 0", f"seed: {seed}"))
+    comparison = compare(find_runs([tmp_path]))
+    assert [group.label for group in comparison.groups[:2]] == ["d", "c"]
+    assert comparison.summary(tmp_path, [])[1].endswith("several seeds would tell")
+    assert "not finite" in page(comparison)
+
+
 def test_links_that_cannot_be_made_end_no_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

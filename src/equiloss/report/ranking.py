@@ -7,9 +7,10 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from equiloss.config.training import mode_of
-from equiloss.report.groups import Group, Spread
+from equiloss.report.groups import LARGEST, Group, Spread
 
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, Cornish & Fisher's
 # expansion about the normal distribution's is right to 4 digits.
@@ -101,18 +102,24 @@ def ranking(groups: Sequence[Group], objective: str) -> list[Ranked]:
     ]
 
 
-def _by_seed(group: Group, objective: str) -> dict[object, list[float]]:
-    values: dict[object, list[float]] = {}
+def _by_seed(group: Group, objective: str) -> dict[str, list[float]]:
+    values: dict[str, list[float]] = {}
     for run in group.completed:
-        if math.isfinite(run.final.get(objective, math.nan)):
-            values.setdefault(run.seed, []).append(run.final[objective])
+        if abs(run.final.get(objective, math.nan)) < LARGEST:
+            # A seed that a hand has written may be anything.
+            values.setdefault(repr(run.seed), []).append(run.final[objective])
     return values
 
 
 def difference(
-    values: Mapping[object, Sequence[float]], best: Mapping[object, Sequence[float]], mode: str
+    values: Mapping[Any, Sequence[float]], best: Mapping[Any, Sequence[float]], mode: str
 ) -> Difference | None:
-    """How much worse values are than the best ones, both by seed.
+    """How much worse values are than the best ones, both by seed and in the metric's unit.
+
+    Args:
+        values: One value for each run of a seed.
+        best: The same of the best setting.
+        mode: min | max, whether less or more is better.
 
     Where both have the same seeds, once each, their differences are taken seed by seed: the same
     weights to start from and the same order of samples are in both. Otherwise by Welch's interval
