@@ -13,7 +13,7 @@ import pytest
 from equiloss.launching import console
 from equiloss.records.results import Result
 from equiloss.records.run_dir import TRAIN_LOG
-from equiloss.records.run_log import note
+from equiloss.records.train_log import note
 from support import PYTHONPATH, ROOT, Run, Train
 
 

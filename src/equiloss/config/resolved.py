@@ -23,7 +23,6 @@ PRESENTATION = frozenset({"progress_bar", "model_summary", "resume", "in_use", "
 # Keys that each stored configuration has, whatever its version.
 MARKS = frozenset({"loss", "data", "model", "optimizer", "trainer", "parity", "task", "seed"})
 
-
 # What may stand in the place of a value that is missing.
 EXAMPLES = {
     "loss.target": " (such as loss.target=torch.nn:CrossEntropyLoss or my_module:my_loss)",
@@ -185,7 +184,7 @@ def register_schema() -> None:
 
 # When this module is imported, as the workers of a parallel launcher do: they compose their own
 # job. The cache carries a sweep's name, made from the command, over to its jobs.
-OmegaConf.register_new_resolver("help_text", lambda: help_text(), replace=True)
+OmegaConf.register_new_resolver("help_text", help_text, replace=True)
 OmegaConf.register_new_resolver("presentation_keys", lambda: sorted(PRESENTATION), replace=True)
 OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)

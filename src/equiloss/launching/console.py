@@ -15,7 +15,7 @@ from rich.text import Text
 from equiloss.config import SPLIT_METRICS
 from equiloss.errors import printable
 from equiloss.records.results import Result, beyond
-from equiloss.records.run_log import append
+from equiloss.records.train_log import append
 
 
 def plain(text: str) -> Text:

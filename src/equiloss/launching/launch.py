@@ -36,7 +36,7 @@ from equiloss.records.atomic import write_atomically
 from equiloss.records.ledger import ATTEMPT, Ledger
 from equiloss.records.results import Result
 from equiloss.records.run_dir import RESULTS, TRACEBACK, has_state
-from equiloss.records.run_log import note
+from equiloss.records.train_log import note
 from equiloss.records.writing import FileError
 
 

@@ -135,6 +135,7 @@ class Result:
     """Where early stopping ended the run: `epoch`, `of_epochs`, `monitor`, its `best` value and
     `best_epoch` (null where an epoch has several validations)."""
     num_classes: int | None = None
+    """K; null in results of versions that did not say."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the metrics must know, such as that the best weights were lost."""
     error: str | None = None

@@ -25,7 +25,7 @@ from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.reading import fits
 from equiloss.records.run_dir import BEST, LAST, PREVIOUS, set_aside
-from equiloss.records.run_log import note
+from equiloss.records.train_log import note
 from equiloss.records.writing import writing
 from equiloss.training.checkpoint_file import AtomicCheckpointIO, verify
 from equiloss.training.state import RunState

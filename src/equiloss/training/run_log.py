@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 from equiloss.config.resolved import ResolvedConfig
 from equiloss.records import results
-from equiloss.records.run_log import note
+from equiloss.records.train_log import note
 from equiloss.training.progress_bar import epoch_of
 
 if TYPE_CHECKING:

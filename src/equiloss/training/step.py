@@ -88,7 +88,8 @@ def settle_buckets(model: nn.Module | None) -> None:
     DistributedDataParallel fills its buckets anew in the order in which its first backward pass
     brought the gradients. Where three ranks or more add up, the place in a bucket decides the
     order of a sum, and so its rounding: a run that goes on would take its first step with others.
-    Here a backward pass of zeros comes before, the last parameter first.
+    Here a backward pass of zeros comes before, the last parameter first. (Hooks of parameters see
+    it.)
 
     Args:
         model: What the ranks train; nothing is done where it is on one.
