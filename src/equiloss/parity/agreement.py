@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,88 +54,80 @@ class Seen(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """This rank's rows with the oracle's values for them."""
+    """This rank's n rows and behind them a probe for each, with the oracle's values."""
 
     logits: Tensor
-    """[n, K], float32 or float64."""
+    """What the network gave [n, K], then unit-normal ones [n, K]; float32 or float64."""
     target: Tensor
-    """[n] int64 or [n, K] probabilities."""
+    """[2n] int64 or [2n, K] probabilities; the probe has the batch's."""
     exact: Oracle
 
+    @property
+    def batch(self) -> int:
+        """n, the rows of the batch itself."""
+        return len(self.target) // 2
 
-def compare(criterion: Criterion, batch: Rows, probe: Rows) -> Agreement:
-    """Hold one formulation against the oracle on the rows of all ranks.
 
-    Args:
-        criterion: The formulation with the run's options.
-        batch: The logits that the network gave.
-        probe: Unit-normal logits with the same targets.
+def compare(criterions: Sequence[Criterion], rows: Rows) -> list[Agreement]:
+    """Hold formulations with the run's options against the oracle on the rows of all ranks.
 
     Every rank must call it and gets the same result.
     """
-    rows = _row_errors(criterion, batch)
-    unit = _row_errors(criterion, probe)
-    logits, exact = batch.logits, batch.exact
-    sums = collectives.sum_over_ranks(
-        torch.stack(
-            [
-                torch.where(rows.judged, rows.difference, 0).sum(),
-                exact.mass,
-                rows.nonfinite.sum().double(),
-                rows.outside.sum().double(),
-                (~logits.isfinite()).any(-1).sum().double(),
-            ]
-        )
-    ).tolist()
-    peaks = collectives.max_over_ranks(
-        torch.stack(
-            [
-                peak(torch.where(rows.judged, rows.gradient_error, 0)),
-                peak(torch.where(rows.outside, 0, rows.ratio)),
-                peak(torch.where(unit.outside, 0, unit.ratio)),
-            ]
-        )
-    ).tolist()
-    difference, mass, nonfinite, outside, broken_logits = sums
-    ratio = max(peaks[1:])
-    return Agreement(
-        loss_error=abs(difference) / mass if mass > 0 else abs(difference),
-        grad_error=peaks[0],
-        ratio=ratio,
-        nonfinite=int(nonfinite),
-        out_of_domain=int(outside),
-        agree=ratio <= 1 and not broken_logits,
+    n, exact = rows.batch, rows.exact
+    difference, gradient_error = (
+        torch.stack(errors)  # [F, 2n]
+        for errors in zip(*(_row_errors(each, rows) for each in criterions), strict=True)
     )
+    domains = [each.signature.domain(rows.logits.dtype) for each in criterions]
+    outside = exact.spread > exact.spread.new_tensor(domains).unsqueeze(-1)
+    error = torch.maximum(difference.abs(), gradient_error)
+    nonfinite = ~error.isfinite()
+    # An ignored row has bound 0 and must be exactly 0.
+    ratio = torch.where(error == 0, 0, error / exact.bound)
+    judged = ~(outside | nonfinite)[:, :n]
+    sums = [
+        torch.where(judged, difference[:, :n], 0).sum(-1),
+        nonfinite[:, :n].sum(-1).double(),
+        outside[:, :n].sum(-1).double(),
+    ]
+    peaks = [
+        peak(torch.where(judged, gradient_error[:, :n], 0)),
+        peak(ratio.masked_fill(outside, 0)),
+    ]
+    broken = (~rows.logits[:n].isfinite()).any(-1).sum().double()
+    *summed, mass, broken_logits = collectives.sum_over_ranks(
+        torch.cat([*sums, exact.first(n).mass.reshape(1), broken.reshape(1)])
+    ).tolist()
+    largest = collectives.max_over_ranks(torch.cat(peaks)).tolist()
+    count = len(criterions)
+    figures = [values[at::count] for values in (summed, largest) for at in range(count)]
+    return [
+        Agreement(
+            loss_error=abs(total) / mass if mass > 0 else abs(total),
+            grad_error=grad_error,
+            ratio=largest_ratio,
+            nonfinite=int(not_finite),
+            out_of_domain=int(beyond),
+            agree=largest_ratio <= 1 and not broken_logits,
+        )
+        for (total, not_finite, beyond), (grad_error, largest_ratio) in zip(
+            figures[:count], figures[count:], strict=True
+        )
+    ]
 
 
-@dataclass
-class _RowErrors:
-    difference: Tensor  # loss - oracle's loss [n]
-    gradient_error: Tensor  # largest component [n]
-    ratio: Tensor  # error over bound [n], inf where it should be finite and is not
-    nonfinite: Tensor  # [n] bool
-    outside: Tensor  # beyond the domain [n] bool
-    judged: Tensor  # inside the domain and finite [n] bool
-
-
-def _row_errors(criterion: Criterion, rows: Rows) -> _RowErrors:
+def _row_errors(criterion: Criterion, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Loss - oracle's loss, and the gradient's largest error [2n]; not finite where one is not."""
     logits, target, exact = rows
     with torch.enable_grad():
         x = logits.detach().requires_grad_()
         losses = criterion.per_sample(x, target)
         (gradient,) = torch.autograd.grad(losses.sum(), x)
-    outside = exact.spread > criterion.signature.domain(logits.dtype)
-    nonfinite = ~(losses.isfinite() & gradient.isfinite().all(-1))
-    difference = losses.detach().double() - exact.losses
-    gradient_error = (gradient.double() - exact.gradient).abs().amax(-1)
-    error = torch.maximum(difference.abs(), gradient_error)
-    # An ignored row has bound 0 and must be exactly 0.
-    ratio = torch.where(error == 0, 0, error / exact.bound)
-    ratio = torch.where(nonfinite, math.inf, ratio)
-    return _RowErrors(difference, gradient_error, ratio, nonfinite, outside, ~(outside | nonfinite))
+    error = gradient.double().sub_(exact.gradient).abs_().amax(-1)
+    return losses.detach().double() - exact.losses, error
 
 
 def peak(values: Tensor) -> Tensor:
-    """Largest value of [n], 0 for n = 0; NaN counts as infinite."""
+    """Largest value along the last dimension, 0 where it has none; NaN counts as infinite."""
     values = torch.nan_to_num(values, nan=math.inf, posinf=math.inf)
-    return torch.cat([values, values.new_zeros(1)]).max()
+    return torch.cat([values, values.new_zeros((*values.shape[:-1], 1))], dim=-1).amax(-1)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -194,17 +195,19 @@ class Watch:
         factor = _clipped_by(step.clip_norm, outcome.grad_norm) / divisor if divisor else 0.0
         for parameters in buckets(list(self._brought)):
             parts = [self._brought[parameter] for parameter in parameters]
-            dtype = parameters[0].dtype
-            eps = torch.finfo(dtype).eps
-            pairs = [_added(*pair) for pair in zip(parameters, parts, strict=True)]
-            brought = collectives.sum_over_ranks(torch.cat(pairs, dim=1))
-            total, size = brought * (factor / self._scale)
-            given = torch.cat([_flat(self._given.get(p), p) for p in parameters])
-            passes = max(map(len, parts))
+            eps = torch.finfo(parameters[0].dtype).eps
+            given = _flat([self._given.get(p) for p in parameters], parameters)
+            brought = given.new_zeros((2, len(given)))
+            passes = list(zip_longest(*parts))
+            for gradients in passes:
+                flat = _flat(gradients, parameters)
+                brought[0] += flat
+                brought[1] += flat.abs_()
+            total, size = collectives.sum_over_ranks(brought).mul_(factor / self._scale)
             # Each addition over ranks and passes rounds, and so do mean, scale and clipping.
-            bound = (world_size + passes + 4) * eps * size
-            error = (given - total).abs()
-            yield peak(torch.where(error == 0, 0, error / bound))
+            bound = size.mul_((world_size + len(passes) + 4) * eps)
+            error = given.sub_(total).abs_()
+            yield peak(torch.where(error == 0, 0, error.div_(bound)))
 
     def _ranks_differ(self) -> float:
         if collectives.world_size() == 1:
@@ -255,17 +258,13 @@ def _keep(parts: list[Tensor], gradient: Tensor | None) -> None:
         parts.append(gradient.detach().clone())
 
 
-def _added(parameter: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """What the passes have brought to a parameter, and the sum of its sizes [2, n] float64."""
-    added = parameter.new_zeros((2, parameter.numel()), dtype=torch.float64)
-    for part in parts:
-        flat = _flat(part, parameter)
-        added += torch.stack([flat, flat.abs()])
-    return added
-
-
-def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    return (torch.zeros_like(parameter) if gradient is None else gradient).flatten().double()
+def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    """The gradients of some parameters, one after the other, float64; None counts as 0."""
+    pairs = zip(gradients, parameters, strict=True)
+    flat = [
+        (torch.zeros_like(p) if gradient is None else gradient).flatten() for gradient, p in pairs
+    ]
+    return torch.cat(flat).double()
 
 
 def _clipped_by(clip_norm: float | None, norm: float) -> float:

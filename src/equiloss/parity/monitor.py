@@ -95,28 +95,28 @@ class ParityMonitor(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:  # type: ignore[override]
         """Keep what this step saw: the optimizer may change the head, or the loss itself."""
         accumulated = pl_module.step.accumulated
-        self._seen = None
-        if accumulated is not None and self._is_due(pl_module.global_step):
+        if accumulated is not None and self._watch is not None:
             criterion = pl_module.criterion
             if any(True for _ in criterion.parameters()):
                 criterion = copy.deepcopy(criterion)
             self._seen = Seen(accumulated.outputs.snapshot(), accumulated.target, criterion)
-            if self._watch is not None and self.by_row:
+            if self.by_row:
                 self._watch.forward_again(self._seen.outputs)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: Classifier, outputs: Mapping[str, StepOutcome], *_: Any
     ) -> None:
         """Check this step, if it is a parity step."""
+        if self._watch is None:
+            return
         if self._seen is not None:
             step = pl_module.global_step - 1
             outcome, rank = outputs["outcome"], trainer.global_rank
             scalars = self.check(self._seen, outcome, step, rank, self._watch)
             self._seen = None
             pl_module.record(scalars, step)
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        self._watch.close()
+        self._watch = None
 
     def _is_due(self, step: int) -> bool:
         return step % self.config.every_n_steps == 0 or step == self.total_steps - 1
@@ -139,12 +139,12 @@ class ParityMonitor(Callback):
         number = (self.seed << 40) + (step << 16) + rank
         generator = torch.Generator().manual_seed(number % 2**64)
         unit_normal = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
-        batch = self._with_oracle(logits, seen.target)
-        probe = self._with_oracle(unit_normal.to(logits.device), seen.target)
+        both = torch.cat([logits, unit_normal.to(logits.device)])
+        rows = self._with_oracle(both, torch.cat([seen.target, seen.target]))
 
-        scalars, disagreeing = self._compare_formulations(batch, probe)
+        scalars, disagreeing, trained = self._compare_formulations(seen.criterion, rows)
         mass_error, mass_agrees = sums.mass_error(
-            self.formulations.values(), outcome, batch, weighted=self.weight is not None
+            self.formulations.values(), outcome, rows, weighted=self.weight is not None
         )
         global_error, global_agrees = sums.global_error(outcome, seen)
         scalars["parity/global_error"] = global_error
@@ -156,7 +156,9 @@ class ParityMonitor(Callback):
         if not global_agrees:
             disagreeing.append(f"the all-reduced loss (off by {global_error:.3g} nats)")
         if watch is not None:
-            followed = self._follow(watch, seen, outcome, batch, probe)
+            exact, known = rows.exact.first(rows.batch), trained is not None and trained <= 1
+            arrived = watch.follow(seen.outputs, seen.target, seen.criterion, exact, known=known)
+            followed = watch.conclude(arrived, outcome)
             self.followed = self.followed.worst(followed)
             scalars |= {f"parity/{name}": value for name, value in followed._asdict().items()}
             disagreeing += followed.disagreeing()
@@ -169,12 +171,20 @@ class ParityMonitor(Callback):
                 log.warning(message)
         return scalars
 
-    def _compare_formulations(self, batch: Rows, probe: Rows) -> tuple[dict[str, float], list[str]]:
-        """Scalars of each formulation, and which disagree."""
+    def _compare_formulations(
+        self, trained: Criterion, rows: Rows
+    ) -> tuple[dict[str, float], list[str], float | None]:
+        """Scalars of each formulation, which disagree, and the ratio of the loss that trains."""
         scalars: dict[str, float] = {}
         disagreeing = []
-        for name, formulation in self.formulations.items():
-            agreement = compare(formulation, batch, probe)
+        compared = list(self.formulations.values())
+        place = None
+        if not trained.signature.wants_features:
+            twins = (at for at, each in enumerate(compared) if each.is_same_function(trained))
+            place = next(twins, len(compared))
+            compared += [trained] * (place == len(compared))
+        agreements = compare(compared, rows)
+        for name, agreement in zip(self.formulations, agreements, strict=False):
             self.worst[name].add(agreement)
             scalars |= {
                 f"parity/{name}/loss_error": agreement.loss_error,
@@ -185,19 +195,9 @@ class ParityMonitor(Callback):
             if not agreement.agree:
                 disagreeing.append(f"{name} (error {agreement.ratio:.3g} times its bound)")
         scalars["parity/max_ratio"] = max(scalars[f"parity/{n}/ratio"] for n in self.formulations)
-        return scalars, disagreeing
-
-    def _follow(
-        self, watch: Watch, seen: Seen, outcome: StepOutcome, batch: Rows, probe: Rows
-    ) -> Followed:
-        """The gradient of a step, against the oracle where the loss that trains is its function."""
-        known = False
-        if not seen.criterion.signature.wants_features:
-            ratio = compare(seen.criterion, batch, probe).ratio
-            self.trained_ratio = max(self.trained_ratio, ratio)
-            known = ratio <= 1
-        arrived = watch.follow(seen.outputs, seen.target, seen.criterion, batch.exact, known=known)
-        return watch.conclude(arrived, outcome)
+        ratio = None if place is None else agreements[place].ratio
+        self.trained_ratio = max(self.trained_ratio, ratio or 0.0)
+        return scalars, disagreeing, ratio
 
     def summary(self) -> dict[str, Any]:
         """The verdict so far, as `results.json` holds it."""

@@ -33,8 +33,17 @@ class Oracle(NamedTuple):
     """Largest error that rounding in the logits' own dtype explains [N], float64."""
     spread: Tensor
     """D = logsumexp(x) - min(x) of each row [N], float64; that of zero logits for ignored rows."""
-    mass: Tensor
-    """Denominator of the mean, 0-dim float64."""
+    masses: Tensor
+    """What each row counts in the mean's denominator [N], float64."""
+
+    @property
+    def mass(self) -> Tensor:
+        """Denominator of the mean, 0-dim float64."""
+        return self.masses.sum()
+
+    def first(self, rows: int) -> Oracle:
+        """The values of the first `rows` rows."""
+        return Oracle(*(values[:rows] for values in self))
 
 
 def cross_entropy(
@@ -66,7 +75,7 @@ def cross_entropy(
     if target.is_floating_point():
         t = target.double()
         kept = torch.ones(rows, dtype=torch.bool, device=x.device)
-        mass = x.new_tensor(float(rows))
+        masses = x.new_ones(rows)
     else:
         kept = torch.ones_like(target, dtype=torch.bool)
         if ignore_index is not None:
@@ -74,7 +83,7 @@ def cross_entropy(
         x = x.masked_fill(~kept.unsqueeze(-1), 0)
         one_hot = target.unsqueeze(-1) == torch.arange(classes, device=target.device)  # [N, C]
         t = (one_hot & kept.unsqueeze(-1)).double()
-        mass = (t * w).sum()
+        masses = (t * w).sum(-1)
     uniform = kept.unsqueeze(-1).double() / classes  # 0 for ignored rows
     a = w * ((1 - label_smoothing) * t + label_smoothing * uniform)  # [N, C]
     q = a.sum(-1)  # [N]
@@ -85,4 +94,4 @@ def cross_entropy(
     gradient = q.unsqueeze(-1) * (x - lse).exp() - a
     spread = lse.squeeze(-1) - x.amin(-1)
     bound = 4 * eps * q * (1 + spread)
-    return Oracle(losses, gradient, bound, spread, mass)
+    return Oracle(losses, gradient, bound, spread, masses)

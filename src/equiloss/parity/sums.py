@@ -19,27 +19,26 @@ if TYPE_CHECKING:
 
 
 def mass_error(
-    formulations: Iterable[Criterion], outcome: StepOutcome, batch: Rows, *, weighted: bool
+    formulations: Iterable[Criterion], outcome: StepOutcome, rows: Rows, *, weighted: bool
 ) -> tuple[float, bool]:
     """Largest difference between a mass that was used and the oracle's, and the verdict.
 
     Args:
         formulations: Losses whose own mass is compared too.
         outcome: What the step used.
-        batch: This rank's rows.
+        rows: This rank's.
         weighted: Whether rows count by class weights.
     """
-    logits, target, exact = batch
-    masses = torch.stack(
-        [exact.mass, *(each.mass(target, logits.dtype).double() for each in formulations)]
-    )
-    rows = torch.tensor([len(target)], dtype=torch.float64, device=masses.device)
-    *summed, count = collectives.sum_over_ranks(torch.cat([masses, rows])).tolist()
+    n, dtype = rows.batch, rows.logits.dtype
+    masses = [each.mass(rows.target[:n], dtype).double() for each in formulations]
+    exact = rows.exact.first(n).mass
+    sums = torch.stack([exact, *masses, torch.full_like(exact, n)])
+    *summed, count = collectives.sum_over_ranks(sums).tolist()
     error = max(abs(mass - summed[0]) for mass in (*summed[1:], outcome.mass))
     if not weighted:
         return error, error == 0
     # Each rank's sum of weights rounds once per row.
-    return error, error <= count * torch.finfo(logits.dtype).eps * summed[0]
+    return error, error <= count * torch.finfo(dtype).eps * summed[0]
 
 
 def global_error(outcome: StepOutcome, seen: Seen) -> tuple[float, bool]:
