@@ -21,6 +21,11 @@ collect_ignore = ["plugin"]
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _nothing_is_remembered_at_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["EQUILOSS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _ranks_are_forked_from_a_process_that_has_imported_everything() -> None:
     """Importing Lightning takes seconds, and hundreds of ranks would do so one by one."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(forks.PRELOAD)

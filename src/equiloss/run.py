@@ -19,10 +19,16 @@ from equiloss.data import datasets
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import Splits
 from equiloss.data.loader import naming_dead_workers
-from equiloss.distributed import collectives, interruption
+from equiloss.distributed import collectives, interruption, membership
 from equiloss.distributed.interruption import Interrupted
 from equiloss.losses.criterion import Criterion
-from equiloss.models.build import build_network, expose_head, lay_out, parameter_dtype
+from equiloss.models.build import (
+    build_network,
+    expose_head,
+    lay_out,
+    memory_order,
+    parameter_dtype,
+)
 from equiloss.models.dropout import RowKeys
 from equiloss.parity.monitor import ParityMonitor
 from equiloss.preflight import configuration, network
@@ -104,7 +110,9 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     config = resolved.config
     configuration.check_arguments(config.trainer.arguments)
     randomness.seed_everything(config.seed)
-    splits = datasets.load(config.data)
+    splits = datasets.load(config.data, ignore_index=config.loss.get("ignore_index"))
+    for note in splits.notes:
+        log.warning("data=%s: %s", config.data.name, note)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
     configuration.check_loss(config, criterion, splits.num_classes)
     data = ImageDataModule(
@@ -112,9 +120,9 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
         config.data,
         seed=config.seed,
         ignore_index=criterion.ignore_index,
-        channels_last=config.model.channels_last,
         shards=config.trainer.shards if config.trainer.reduction == "bitwise" else None,
     )
+    criterion.expect(ignored_rows=data.has_ignored_rows)
     row_keys = RowKeys(config.seed)
     model, found = _network(config, criterion, data, row_keys)
     total_steps = optim.total_steps(
@@ -266,7 +274,16 @@ def _network(
     )
     network.check_head(config.model.name, model, num_classes, image_shape)
     found = look(model, data.example_images, row_keys) if config.task == "fit" else []
-    model = lay_out(config.model, model)
+    if config.task == "fit":
+        network.check_single_rows(
+            config,
+            model,
+            data.example_images,
+            train_rows=len(data.splits.train),
+            world_size=membership.ranks_asked_for(config.trainer),
+        )
+    data.memory_format = memory_order(config)
+    model = lay_out(config.model, model, data.memory_format)
     if criterion.signature.wants_features:
         expose_head(config.model.name, model, num_classes, compiled=config.model.compile)
     return model, found

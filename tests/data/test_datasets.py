@@ -162,7 +162,8 @@ def custom(monkeypatch):
     def make(function, **changes) -> Splits:
         module.function = function
         target = "example_sets:function"
-        return load(DataConfig(name="custom", target=target, **changes))
+        ignored = changes.pop("ignore_index", None)
+        return load(DataConfig(name="custom", target=target, **changes), ignore_index=ignored)
 
     return make
 
@@ -255,3 +256,52 @@ def test_custom_functions_that_cannot_be_called_are_named(custom):
             load(DataConfig(name="custom", target=target))
     with pytest.raises(ConfigError, match=r"does not go with data\.options: .*'m'"):
         custom(Example.pairs, options={"m": 3})
+
+
+def labelled(targets: list[int]):
+    images = torch.zeros(len(targets), 1, 4, 4, dtype=torch.uint8)
+    return lambda: [(images, torch.tensor(targets))] * 3
+
+
+@pytest.mark.parametrize(
+    ("targets", "way_out"),
+    [
+        ([1, 2, 3], r"3 different targets \(1, 2 and 3\): .* subtract 1, or set .*num_classes=4"),
+        ([5, 7, 11], r"3 different targets \(5, 7 and 11\): .* number them anew"),
+        ([0, 1, 2, 9], r"set loss\.ignore_index=9 if it marks rows without a class"),
+        (list(range(0, 700, 100)), r"\(0, 100, 200, 300, … and 600\)"),
+    ],
+)
+def test_classes_are_not_guessed_from_targets_with_gaps(custom, targets, way_out):
+    with pytest.raises(DataError, match=way_out):
+        custom(labelled(targets))
+    named = custom(labelled(targets), num_classes=max(targets) + 2)
+    assert named.num_classes == max(targets) + 2
+    (note,) = named.notes
+    assert note.startswith(f"no training row for {named.num_classes - len(targets)} of")
+    with pytest.raises(DataError, match=rf"has the target {max(targets)}: .*=2 ends below"):
+        custom(labelled(targets), num_classes=2)
+
+
+def test_the_ignored_target_is_no_class(custom):
+    assert custom(labelled([0, 1, 2, 255]), ignore_index=255).num_classes == 3
+    assert custom(labelled([0, 1, 2, -100])).num_classes == 3
+    with pytest.raises(ConfigError, match=r"data\.num_classes belongs to data=custom"):
+        DataConfig(name="digits", num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        (np.zeros((6, 8, 8, 3), np.uint8), r"\[6, 8, 8, 3\], which looks like NHWC: .*moveaxis"),
+        (np.zeros((6, 9, 7, 1), np.uint8), "looks like NHWC"),
+        (np.zeros((6, 3, 8, 8), np.float32), "torch.uint8 .*; multiply by 255 and round"),
+        (np.zeros((6, 64), np.uint8), r"they must be torch.uint8 \[N, C, H, W\]"),
+    ],
+)
+def test_arrays_that_are_no_images_are_told_why(images, told):
+    with pytest.raises(DataError, match=told):
+        ArraySource(torch.from_numpy(images), torch.zeros(6, dtype=torch.int64))
+    good = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(DataError, match="there are 6 images and 5 targets"):
+        ArraySource(good, torch.zeros(5, dtype=torch.int64))

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from equiloss.config import DataConfig
+from equiloss.data import headers
 from equiloss.data.datasets import ArraySource, FileSource, Source, Splits, load
+from equiloss.data.decoding import Decoder
 from equiloss.data.sampler import Slice
 from equiloss.errors import CheckpointError, DataError
 from equiloss.training.state import Progress, RunState
@@ -43,7 +45,8 @@ class TestFiles:
     @pytest.fixture(autouse=True)
     def _undecoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         image = torch.zeros(3, 2, 2, dtype=torch.uint8)
-        monkeypatch.setattr("equiloss.data.sources.decode", lambda *_: image)
+        monkeypatch.setattr(Decoder, "__call__", lambda *_: image)
+        monkeypatch.setattr(headers, "read", lambda _: headers.Header(2, 2, "RGB"))
 
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:
@@ -109,10 +112,10 @@ class TestFiles:
 
     def test_without_a_root_paths_are_part_of_the_data(self, root: Path) -> None:
         files = sorted(root.rglob("*.png"))
-        source = FileSource(files, torch.zeros(18).long(), channels=3, image_size=None)
+        source = FileSource(files, torch.zeros(18).long(), decoder=Decoder(3), image_size=None)
         moved = root.rename(root.with_name("elsewhere"))
         there = sorted(moved.rglob("*.png"))
-        other = FileSource(there, torch.zeros(18).long(), channels=3, image_size=None)
+        other = FileSource(there, torch.zeros(18).long(), decoder=Decoder(3), image_size=None)
         digests = other.fingerprint()
         shutil.copytree(moved, root)
         assert source.fingerprint() != digests

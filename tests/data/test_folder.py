@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from equiloss.config import DataConfig
-from equiloss.data import sources
+from equiloss.data import headers
 from equiloss.data.datasets import Splits, load
 from equiloss.data.sampler import Slice
 from equiloss.data.splits import SPLITS
@@ -126,22 +126,6 @@ def test_only_regular_files_are_images(tmp_path):
         folder(tmp_path)
 
 
-def test_an_image_too_large_to_be_decoded_is_named_in_one_line(tmp_path, monkeypatch):
-    sources._pil.cache_clear()
-    write_images(tmp_path, {"cat": 1}, size=(6, 4))
-    image = tmp_path / "cat" / "000.png"
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)
-    with pytest.raises(DataError) as caught:
-        sources.decode(image, 3)
-    assert str(caught.value) == (
-        f"cannot read image {image}: Image size (24 pixels) exceeds limit of 22 pixels; "
-        "make it smaller, or remove it"
-    )
-    # PIL's warning of half as many is no error, and is not shown.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12)
-    assert sources.decode(image, 3).shape == (3, 6, 4)
-
-
 def test_folders_that_make_no_sense_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"needs data\.root="):
         load(DataConfig(name="image_folder"))
@@ -153,6 +137,11 @@ def test_folders_that_make_no_sense_are_named(tmp_path):
     (tmp_path / "train" / "emu").mkdir()
     with pytest.raises(DataError, match=rf"class folder {tmp_path}/train/emu holds no image"):
         folder(tmp_path)
+    (tmp_path / "alone" / "train").mkdir(parents=True)
+    write_images(tmp_path / "alone" / "photos", {"2023": 3, "2024": 3})
+    (tmp_path / "alone" / "train").rmdir()
+    with pytest.raises(DataError, match=r"has a single class folder, photos \(2023, 2024\)"):
+        folder(tmp_path / "alone")
     (tmp_path / "train" / "emu").rmdir()
     write_images(tmp_path / "val", {"cow": 2})
     with pytest.raises(DataError, match=rf"{tmp_path}/val/cow has no counterpart .*: cat, dog"):
@@ -170,3 +159,81 @@ def test_max_samples_limits_a_folder(tmp_path):
     splits = folder(tmp_path, max_samples=2)
     assert [len(getattr(splits, split)) for split in SPLITS] == [2, 2, 2]
     assert torch.equal(rows(splits, "train").images[:, 0, 0, 0] // 40, splits.train.targets)
+
+
+@pytest.mark.parametrize("name", ["valid", "Validation", "dev"])
+def test_splits_have_their_usual_names(tmp_path, name):
+    write_images(tmp_path / "training", {"cat": 6, "dog": 6})
+    write_images(tmp_path / name, {"cat": 2, "dog": 1})
+    write_images(tmp_path / "testing", {"cat": 1, "dog": 1})
+    write_images(tmp_path / "extra", {"cat": 1})
+    splits = folder(tmp_path)
+    assert [len(getattr(splits, split)) for split in SPLITS] == [12, 3, 2]
+    assert splits.notes == (f"not used: {tmp_path}/extra",)
+    write_images(tmp_path / "val", {"cat": 2, "dog": 1})
+    with pytest.raises(DataError, match="may both be the val split"):
+        folder(tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_images(tmp_path, {"bus": 4, "train": 4})
+    assert folder(tmp_path).class_names == ("bus", "train")
+
+
+def test_a_split_without_classes_is_named_and_drawn_instead(tmp_path):
+    write_images(tmp_path / "train", {"cat": 10, "dog": 10})
+    write_images(tmp_path, {"test": 7})
+    splits = folder(tmp_path)
+    assert [len(getattr(splits, split)) for split in SPLITS] == [14, 2, 4]
+    (note,) = splits.notes
+    assert note == f"not used: {tmp_path}/test (7 files without folders of classes)"
+
+
+def test_pictures_are_found_at_any_depth_and_by_what_they_are(tmp_path):
+    write_images(tmp_path, {"cat": 4, "dog": 4})
+    write_images(tmp_path / "cat" / "2023", {"may": 3})
+    pixels = Image.fromarray(np.full((6, 4, 3), 9, dtype=np.uint8))
+    for name, kind in (("a.jfif", "JPEG"), ("b.webp", "WEBP"), ("c", "PNG"), ("d.JPG", "JPEG")):
+        pixels.save(tmp_path / "dog" / name, format=kind)
+    (tmp_path / "dog" / "loop").symlink_to(tmp_path / "dog")
+    for name in ("note.txt", "x.heic", "._a.jpg", ".DS_Store", "Thumbs.db"):
+        (tmp_path / "dog" / name).write_bytes(b"no image")
+    splits = folder(tmp_path)
+    assert sum(len(getattr(splits, split)) for split in SPLITS) == 8 + 3 + 4
+    (note,) = splits.notes
+    assert note.startswith(f"2 files below {tmp_path} are no images that PIL can open")
+    assert "1 .txt, 1 .heic" in note
+
+
+def test_what_is_broken_or_of_another_size_in_any_split_is_found_at_once(tmp_path):
+    for split in SPLITS:
+        write_images(tmp_path / split, {"cat": 3, "dog": 3})
+    assert len(folder(tmp_path).test) == 6
+    odd = tmp_path / "test" / "dog" / "002.png"
+    Image.fromarray(np.zeros((9, 9, 3), dtype=np.uint8)).save(odd)
+    with pytest.raises(DataError, match=rf"{odd} has 9x9 pixels .* 6x4: set data.image_size="):
+        folder(tmp_path)
+    odd.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"cannot read image {odd}: .*\(0 bytes\); mend or remove"):
+        folder(tmp_path)
+
+
+def test_headers_are_remembered_until_a_file_changes(tmp_path, monkeypatch, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv(headers.CACHE, str(cache))
+    write_images(tmp_path, {"cat": 4, "dog": 4})
+    read, looks = headers.read, []
+    monkeypatch.setattr(headers, "read", lambda file: looks.append(file) or read(file))
+    folder(tmp_path)
+    assert len(looks) == 8
+    folder(tmp_path)
+    assert len(looks) == 8
+    changed = tmp_path / "cat" / "001.png"
+    Image.fromarray(np.zeros((6, 4, 3), dtype=np.uint8)).save(changed, compress_level=0)
+    folder(tmp_path)
+    assert looks[8:] == [changed]
+    # What is remembered only spares time: damaged, it is read anew.
+    (memory,) = (cache / "headers").glob("*.json")
+    for damage in ("", "[]", '{"cat/001.png": [1]}', '{"cat/001.png": "x"}'):
+        memory.write_text(damage)
+        assert len(folder(tmp_path).class_names) == 2

@@ -45,7 +45,8 @@ def stand_in(rank: int = 0, world_size: int = 1, *, training: bool = False) -> S
 def of_rank(
     splits: Splits, settings: DataConfig, loader: str, rank: int, world_size: int
 ) -> list[Batch]:
-    data = ImageDataModule(splits, settings, seed=4, channels_last=True)
+    data = ImageDataModule(splits, settings, seed=4)
+    data.memory_format = torch.channels_last
     data.trainer = stand_in(rank, world_size, training=loader == "train_dataloader")
     return [data.on_after_batch_transfer(batch, 0) for batch in getattr(data, loader)()]
 
@@ -273,7 +274,9 @@ def test_channels_last_is_a_memory_order():
     splits = load(settings)
 
     def images(channels_last: bool) -> torch.Tensor:
-        data = ImageDataModule(splits, settings, seed=0, channels_last=channels_last)
+        data = ImageDataModule(splits, settings, seed=0)
+        if channels_last:
+            data.memory_format = torch.channels_last
         data.trainer = stand_in(training=True)
         (batch, *_) = data.train_dataloader()
         return data.on_after_batch_transfer(batch, 0).images

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equiloss.config import ModelConfig
+from equiloss.config import Config, ModelConfig, TrainerConfig
 from equiloss.errors import ConfigError, ModelError
 from equiloss.models import batch_norm
-from equiloss.models.build import build_network, lay_out
+from equiloss.models.build import build_network, lay_out, memory_order
 from equiloss.models.dropout import RowKeys
 from equiloss.models.networks import ConvNet
 from equiloss.preflight.network import check_head
@@ -26,7 +26,8 @@ def made(
     config = ModelConfig(name=name, **config)
     model = build_network(config, num_classes=classes, image_shape=shape, row_keys=row_keys)
     check_head(name, model, classes, shape)
-    return lay_out(config, model)
+    order = torch.channels_last if config.channels_last is True else torch.contiguous_format
+    return lay_out(config, model, order)
 
 
 def images(rows: int, shape: tuple[int, int, int] = (1, 8, 8)) -> Tensor:
@@ -182,3 +183,23 @@ def test_compiling_is_switched_on_by_the_configuration(monkeypatch):
     assert compiled == []
     made("convnet", compile=True)
     assert compiled == [ConvNet]
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer", "last"),
+    [
+        pytest.param("convnet", {}, True, id="float32"),
+        pytest.param("convnet", {"precision": "64-true"}, False, id="float64"),
+        pytest.param("convnet", {"reduction": "bitwise"}, False, id="bitwise"),
+        pytest.param("mlp", {}, False, id="no convolution"),
+        pytest.param("resnet18", {}, False, id="as fast without it"),
+        pytest.param("custom", {}, False, id="code of the user's own"),
+    ],
+)
+def test_channels_last_is_chosen_where_it_pays(name, trainer, last):
+    target = "equiloss.models.networks:ConvNet" if name == "custom" else None
+    config = Config(model=ModelConfig(name=name, target=target), trainer=TrainerConfig(**trainer))
+    assert (memory_order(config) == torch.channels_last) is last
+    for asked in (True, False):
+        config.model.channels_last = asked
+        assert (memory_order(config) == torch.channels_last) is asked

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
+from torch import nn
 
 from equiloss.errors import ConfigError
 from equiloss.preflight.behaviour import Effect, Found
-from equiloss.preflight.network import judge
+from equiloss.preflight.network import check_single_rows, judge
 from support import composed
 
 DRAWS, NEIGHBOURS, LEARNS, COUNTS, REMEMBERS, EVALUATION, UNKNOWN = Effect
@@ -73,3 +75,40 @@ def test_strict_parity_refuses_what_the_split_makes_matter() -> None:
     judge(config, EVERYTHING, 1)
     with pytest.raises(ConfigError, match=r"^parity\.policy=raise refuses model=convnet: a "):
         judge(config, EVERYTHING, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "refused"),
+    [
+        # 1,150 training rows: the last of the batches of 383 has one.
+        (["data.batch_size=383"], 1, "data.batch_size=383 .* single row (1150 training rows)"),
+        (["data.batch_size=383"], 2, "data.batch_size=383 .* single row (1150 training rows)"),
+        (["data.batch_size=382"], 1, None),
+        (
+            ["data.batch_size=25", "trainer.micro_batch_size=8"],
+            1,
+            "micro_batch_size=8 .*25",
+        ),
+        # 13 and 12 rows: the third passes have 5 and 4.
+        (
+            ["data.batch_size=25", "trainer.micro_batch_size=4"],
+            2,
+            "micro_batch_size=4 .*25",
+        ),
+        (["data.batch_size=25", "trainer.micro_batch_size=8"], 2, None),
+    ],
+)
+def test_a_single_row_is_refused_where_a_network_minds(overrides, ranks, refused):
+    config = composed("data.val_fraction=0.2", *overrides).config
+    minds = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
+    before = {name: value.clone() for name, value in minds.state_dict().items()}
+    given = {"train_rows": 1150, "world_size": ranks}
+    # It minds no single row, and is right.
+    plain = nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 10))
+    check_single_rows(config, plain, lambda rows: torch.randn(rows, 1, 8, 8), **given)
+    if refused is None:
+        check_single_rows(config, minds, lambda rows: torch.randn(rows, 1, 8, 8), **given)
+        return
+    with pytest.raises(ConfigError, match=refused.replace("(", "\\(").replace(")", "\\)")):
+        check_single_rows(config, minds, lambda rows: torch.randn(rows, 1, 8, 8), **given)
+    assert all(torch.equal(value, before[name]) for name, value in minds.state_dict().items())

@@ -73,6 +73,11 @@ class DataConfig:
     with sizes that fall geometrically in between (null: as it is); val and test stay whole."""
     image_size: int | None = None
     """Resize images to this height and width, in pixels (null: as stored)."""
+    range: list[float] | None = None
+    """Values of black and white in image files of more than 8 bits (null: 0 and 65535 in 16 bits;
+    others are refused)."""
+    background: str = "white"
+    """Colour that transparent images are composed on: a name or #rrggbb."""
     mean: list[float] | None = None
     """Mean per channel of pixel values in [0, 1] (null: from the training split)."""
     std: list[float] | None = None
@@ -80,11 +85,13 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     target: str | None = None
     """With name=custom: `package.module:function` that returns the splits."""
+    num_classes: int | None = None
+    """With name=custom: K, where targets alone do not tell (null: the largest target and 1)."""
     options: dict[str, Any] = field(default_factory=open_dict)
     """Keyword arguments of the dataset: sizes of `synthetic`, or those of `target`."""
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "eval_batch_size", "max_samples", "image_size"):
+        for key in ("batch_size", "eval_batch_size", "max_samples", "image_size", "num_classes"):
             positive(f"data.{key}", getattr(self, key))
         require(self.num_workers >= 0, f"data.num_workers must be >= 0, got {self.num_workers}")
         finite("data.worker_timeout_s", self.worker_timeout_s, least=0)
@@ -92,6 +99,11 @@ class DataConfig:
             value = getattr(self, key)
             require(0 < value < 1, f"data.{key} must lie between 0 and 1, got {value}")
         finite("data.long_tail", self.long_tail, least=1)
+        finite("data.range", *(self.range or ()))
+        require(
+            self.range is None or (len(self.range) == 2 and self.range[0] != self.range[1]),
+            f"data.range is [BLACK,WHITE], two different numbers; got {self.range}",
+        )
         for key in ("mean", "std"):
             require(getattr(self, key) != [], f"data.{key} needs one number per channel, got []")
         finite("data.mean", *(self.mean or ()))
@@ -100,6 +112,10 @@ class DataConfig:
             (self.name == "custom") == (self.target is not None),
             "data.target names a function for data=custom, and only there: "
             "data=custom data.target=package.module:function",
+        )
+        require(
+            self.num_classes is None or self.name == "custom",
+            "data.num_classes belongs to data=custom: other sets know their classes",
         )
         if self.std is not None:
             require(min(self.std) > 0, f"data.std must be positive, got {self.std}")

@@ -22,10 +22,15 @@ class ModelConfig:
     """Keyword arguments of the network."""
     compile: bool = False
     """Run the network through torch.compile."""
-    channels_last: bool = False
-    """Keep images and weights in NHWC memory order, which convolutions prefer on many devices."""
+    channels_last: Any = "auto"
+    """Keep images and weights in NHWC memory order: true | false | auto (for the convnet in float32
+    on a CPU, which is faster with it)."""
 
     def __post_init__(self) -> None:
+        require(
+            self.channels_last in (True, False, "auto"),
+            f"model.channels_last is true, false or auto; got {self.channels_last}",
+        )
         require(
             (self.name == "custom") == (self.target is not None),
             "model.target names a function for model=custom, and only there: "

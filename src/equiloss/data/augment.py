@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from equiloss.config import AugmentConfig
@@ -41,33 +42,32 @@ def augment(images: Tensor, index: Tensor, epoch: int, seed: int, config: Augmen
     if config.shift:
         places = 2 * config.shift + 1
         offsets = torch.stack([vertical, horizontal], dim=1).mul(places).long() - config.shift
-        images = shift(images, offsets)
+        images = shift(images, offsets, config.shift)
     if config.flip:
         images = flip(images, mirror < 0.5)
     return images
 
 
-def shift(images: Tensor, offsets: Tensor) -> Tensor:
+def shift(images: Tensor, offsets: Tensor, most: int | None = None) -> Tensor:
     """Move each image down and to the right; what comes in at the border is 0.
 
     Args:
         images: [N, C, H, W], of any type.
         offsets: Pixels down and to the right [N, 2] int64; negative ones go up and left.
+        most: What no offset exceeds; else it is looked for, for which a device is waited.
 
     >>> shift(torch.tensor([[[[1, 2], [3, 4]]]]), torch.tensor([[1, -1]])).tolist()
     [[[[0, 0], [2, 0]]]]
     """
-    n, channels, height, width = images.shape
-    down, right = offsets.unsqueeze(-1).unbind(1)  # [N, 1] each
-    rows = torch.arange(height, device=images.device) - down  # [N, H]: where row y comes from
-    columns = torch.arange(width, device=images.device) - right  # [N, W]
-    row_inside = (rows >= 0) & (rows < height)
-    column_inside = (columns >= 0) & (columns < width)
-    inside = row_inside[:, :, None] & column_inside[:, None, :]  # [N, H, W]
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # [N, H·W]
-    moved = images.flatten(2).gather(2, pixels[:, None].expand(n, channels, height * width))
-    return moved.view(images.shape) * inside[:, None]
+    n, _, height, width = images.shape
+    if not n:
+        return images
+    farthest = int(offsets.abs().max()) if most is None else most
+    padded = F.pad(images, [farthest] * 4)
+    # Every window of the image's size that lies in the padded one: [N, C, places, places, H, W].
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    down, right = (farthest - offsets).unbind(1)  # [N] each: where the window begins
+    return windows[torch.arange(n, device=images.device), :, down, right]
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ class ImageDataModule(lightning.LightningDataModule):
         config: The same configuration.
         seed: The run's seed, for order and augmentation.
         ignore_index: The class that marks rows without a target (None: there are none).
-        channels_last: Whether images are put into NHWC memory order.
         shards: Virtual shards by which training batches are divided (None: by rows).
 
     Raises:
@@ -49,20 +48,24 @@ class ImageDataModule(lightning.LightningDataModule):
         *,
         seed: int,
         ignore_index: int | None = -100,
-        channels_last: bool = False,
         shards: int | None = None,
     ) -> None:
         super().__init__()
+        self.has_ignored_rows = False
+        """Whether a target of any split is `ignore_index`."""
         for split in SPLITS:
             targets = getattr(splits, split).targets
             validate_targets(targets, splits.num_classes, ignore_index, where=f"{split} target")
+            if not targets.is_floating_point():
+                self.has_ignored_rows |= bool((targets == ignore_index).any())
         if config.augment.mixes:
             mixing.check_mixable(splits.train.targets, ignore_index)
         self.splits = splits
         self.config = config
         self.seed = seed
         self.shards = shards
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.memory_format = torch.contiguous_format
+        """The order of the images in memory."""
         self._train_source = splits.train
         if config.augment.transforms:
             transform = build_transform(config.augment.transforms)

@@ -15,7 +15,7 @@ from torch import Tensor
 from equiloss.config import DataConfig
 from equiloss.config.checks import finite
 from equiloss.data.folder import image_folder
-from equiloss.data.sources import ArraySource, Batch, FileSource, Source
+from equiloss.data.sources import ArraySource, Batch, FileSource, Source, check_images
 from equiloss.data.splits import SPLITS, Pair, Splits, in_memory, three_way
 from equiloss.data.torchvision_sets import cifar10, cifar100, fashion_mnist, mnist
 from equiloss.errors import ConfigError, DataError, choose, unknown
@@ -23,10 +23,12 @@ from equiloss.imports import import_target
 from equiloss.randomness import Stream, keyed_bits
 from equiloss.records.reading import fits
 
+NONE = torch.empty(0, dtype=torch.int64)
+
 __all__ = ["DATASETS", "ArraySource", "Batch", "FileSource", "Source", "Splits", "load"]
 
 
-def load(config: DataConfig) -> Splits:
+def load(config: DataConfig, *, ignore_index: int | None = None) -> Splits:
     """Read the configured dataset and divide it into train, val and test.
 
     Targets are not validated here, where the ignored class is not known: `ImageDataModule` does
@@ -34,6 +36,7 @@ def load(config: DataConfig) -> Splits:
 
     Args:
         config: What to read and how to split it.
+        ignore_index: Integer target that is no class.
 
     Raises:
         ConfigError: for an unknown dataset or option.
@@ -44,9 +47,11 @@ def load(config: DataConfig) -> Splits:
     (1150, 288, 359, (1, 8, 8))
     """
     dataset = DATASETS[choose("dataset", config.name, DATASETS)]
-    if config.name != "custom":
+    if config.name == "custom":
+        splits = custom(config, ignore_index=ignore_index, **config.options)
+    else:
         _check_options(config, dataset)
-    splits = dataset(config, **config.options)
+        splits = dataset(config, **config.options)
     return dataclasses.replace(
         splits, mean=tuple(config.mean or splits.mean), std=tuple(config.std or splits.std)
     )
@@ -115,19 +120,20 @@ def synthetic(
     return _divided(config, images, targets, num_classes)
 
 
-def custom(config: DataConfig, **options: Any) -> Splits:
+def custom(config: DataConfig, /, *, ignore_index: int | None = None, **options: Any) -> Splits:
     """The dataset that the function `data.target` returns when called with `data.options`.
 
     It returns either `Splits`, taken as they are, or the three splits as a mapping with the keys
     train, val and test, or as a sequence in this order. Each split is a pair (images, targets) of
     tensors or NumPy arrays: images uint8 [N, C, H, W], or [N, H, W] if grey; targets integers [N]
     or class probabilities [N, K]. A mapping may have a fourth key, class_names; without it the
-    classes are numbered from 0 to the largest target. Negative targets are left for
-    `ignore_index` to allow.
+    classes are numbered from 0 to the largest target, or to `data.num_classes`. Negative targets
+    are left for `ignore_index` to allow.
 
     Raises:
         ConfigError: if the function cannot be imported or does not take the options.
-        DataError: if it returns something else.
+        DataError: if it returns something else, or targets among which classes are missing
+            though their number is not given.
     """
     where = f"data.target={config.target}"
     function = import_target(str(config.target), "data.target", ConfigError)
@@ -154,8 +160,13 @@ def custom(config: DataConfig, **options: Any) -> Splits:
         )
     pairs = {split: _pair(splits[split], f"{where}: {split}") for split in SPLITS}
     if names is None:
-        names = [str(label) for label in range(_num_classes(pairs))]
-    return in_memory(config, pairs, names)
+        names = _numbered(config, pairs, ignore_index, where)
+    made = in_memory(config, pairs, names)
+    without = [names[label] for label in (made.class_counts == 0).nonzero().flatten().tolist()]
+    if not without:
+        return made
+    note = f"no training row for {len(without)} of {len(names)} classes: {', '.join(without[:5])}"
+    return dataclasses.replace(made, notes=(note + ", …" * (len(without) > 5),))
 
 
 DATASETS: dict[str, Callable[..., Splits]] = {
@@ -205,11 +216,7 @@ def _pair(value: Any, where: str) -> Pair:
     images, targets = _tensor(value[0], where), _tensor(value[1], where)
     if images.ndim == 3:
         images = images.unsqueeze(1)  # [N, H, W] -> [N, 1, H, W]
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise DataError(
-            f"{where} images are {images.dtype} {list(images.shape)}: they must be torch.uint8 "
-            "[N, C, H, W], or [N, H, W] if grey"
-        )
+    check_images(images, f"{where} images")
     is_soft = targets.is_floating_point()
     if targets.dtype == torch.bool or targets.is_complex() or targets.ndim != 1 + is_soft:
         raise DataError(
@@ -230,14 +237,42 @@ def _tensor(value: Any, where: str) -> Tensor:
         raise DataError(f"{where} holds what is no array of numbers: {error}") from error
 
 
-def _num_classes(pairs: Mapping[str, Pair]) -> int:
-    known = [1]
-    for _, targets in pairs.values():
-        if targets.ndim == 2:
-            known.append(targets.shape[1])
-        elif len(targets):
-            known.append(int(targets.max()) + 1)
-    return max(known)
+def _numbered(
+    config: DataConfig, pairs: Mapping[str, Pair], ignore_index: int | None, where: str
+) -> list[str]:
+    """Names of classes that have only numbers.
+
+    Raises:
+        DataError: where some numbers up to the largest are no target, so that these are labels of
+            another kind, unless `data.num_classes` says that they are classes all the same.
+    """
+    soft = [targets.shape[1] for _, targets in pairs.values() if targets.ndim == 2]
+    hard = torch.cat([targets for _, targets in pairs.values() if targets.ndim == 1] or [NONE])
+    labels = torch.unique(hard[(hard >= 0) & (hard != ignore_index)]).tolist()
+    largest = max([0, *labels, *(width - 1 for width in soft)])
+    count = config.num_classes
+    if count is not None:
+        if largest >= count:
+            raise DataError(
+                f"{where} has the target {largest}: data.num_classes={count} ends below"
+            )
+        return [str(label) for label in range(count)]
+    if labels and not soft and len(labels) <= largest:
+        shown = ", ".join(map(str, labels[:4] if len(labels) > 5 else labels[:-1]))
+        way_out = f"set data.num_classes={largest + 1} if the others are classes too"
+        if labels[-1] - labels[0] + 1 == len(labels):
+            way_out = f"subtract {labels[0]}, or {way_out}"
+        elif labels[-2] - labels[0] + 2 == len(labels):
+            way_out = (
+                f"set loss.ignore_index={largest} if it marks rows without a class, or {way_out}"
+            )
+        else:
+            way_out = f"number them anew (numpy.unique(targets, return_inverse=True)), or {way_out}"
+        raise DataError(
+            f"{where} has {len(labels)} different targets ({shown}{', …' * (len(labels) > 5)} and "
+            f"{largest}): classes are 0 to K-1 without a gap; {way_out}"
+        )
+    return [str(label) for label in range(largest + 1)]
 
 
 def _describe(value: Any) -> str:

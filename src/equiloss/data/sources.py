@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from equiloss.data import fingerprint
+from equiloss.data.decoding import Decoder
 from equiloss.data.sampler import Slice
 from equiloss.errors import DataError
 
@@ -91,8 +90,9 @@ class ArraySource(Source):
     """
 
     def __init__(self, images: Tensor, targets: Tensor) -> None:
-        assert images.dtype == torch.uint8
-        assert len(images) == len(targets)
+        check_images(images, "images")
+        if len(images) != len(targets):
+            raise DataError(f"there are {len(images)} images and {len(targets)} targets")
         _, channels, height, width = images.shape
         super().__init__(targets, (channels, height, width))
         self.images = images
@@ -117,7 +117,7 @@ class FileSource(Source):
     Args:
         files: N image files that PIL can read.
         targets: Classes [N] int64.
-        channels: 1 for grey, 3 for RGB; files are converted.
+        decoder: Makes pixels of a file.
         image_size: Height and width after resizing, in pixels (None: all files must have the
             size of the first).
         root: Directory that may move elsewhere with all files (None: their paths stay).
@@ -131,16 +131,16 @@ class FileSource(Source):
         files: Sequence[Path],
         targets: Tensor,
         *,
-        channels: int,
+        decoder: Decoder,
         image_size: int | None,
         root: Path | None = None,
     ) -> None:
         assert len(files) == len(targets) > 0
         self.files = list(files)
         self.root = root
-        self.channels = channels
+        self.decoder = decoder
         self.image_size = image_size
-        _, height, width = decode(self.files[0], channels).shape
+        channels, height, width = decoder(self.files[0]).shape
         size = (height, width) if image_size is None else (image_size, image_size)
         super().__init__(targets, (channels, *size))
 
@@ -161,7 +161,7 @@ class FileSource(Source):
         return files | super().fingerprint()
 
     def _image(self, file: Path) -> Tensor:
-        image = decode(file, self.channels)  # [C, h, w]
+        image = self.decoder(file)  # [C, h, w]
         if image.shape == self.image_shape:
             return image
         if self.image_size is None:
@@ -172,37 +172,23 @@ class FileSource(Source):
         return resize(image, self.image_size)
 
 
-def decode(file: Path, channels: int) -> Tensor:
-    """Read one image file as [C, H, W] uint8.
+def check_images(images: Tensor, what: str) -> None:
+    """Refuse what are no images of a set in memory.
 
     Raises:
-        DataError: naming the file, if PIL cannot read it.
+        DataError: for another type than uint8, or another shape than [N, C, H, W].
     """
-    import numpy as np
-
-    Image = _pil()  # noqa: N806 - the name that it has everywhere
-    try:
-        with Image.open(file) as image:
-            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-    except (Image.DecompressionBombError, MemoryError) as error:
-        why = str(error).partition(", could be")[0] or "it is larger than the memory"
+    shape = list(images.shape)
+    if images.ndim == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
         raise DataError(
-            f"cannot read image {file}: {why}; make it smaller, or remove it"
-        ) from error
-    # PIL reports broken files through whatever its decoders raise, SyntaxError included.
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"cannot read image {file}: {error}") from error
-    # [H, W] or [H, W, C] -> [C, H, W]
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
-
-
-@cache
-def _pil() -> Any:
-    """PIL, which warns of images half as large as it refuses: they are read like others."""
-    from PIL import Image
-
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    return Image
+            f"{what} are {shape}, which looks like NHWC: move the channels forward, as with "
+            "numpy.moveaxis(images, 3, 1)"
+        )
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        scale = "; multiply by 255 and round" if images.is_floating_point() else ""
+        raise DataError(
+            f"{what} are {images.dtype} {shape}: they must be torch.uint8 [N, C, H, W]{scale}"
+        )
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class Splits:
     """Mean per channel of pixel values in [0, 1]; the network sees (pixels - mean) / std."""
     std: tuple[float, ...]
     """Standard deviation per channel of pixel values in [0, 1]."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how they were read, a line each."""
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -96,7 +99,7 @@ def in_memory(config: DataConfig, pairs: Mapping[str, Pair], class_names: Sequen
             [N, K] floating point.
         class_names: Names of the classes, in the order of the targets.
     """
-    sources = {}
+    sources: dict[str, Any] = {}
     for split in SPLITS:
         images, targets = pairs[split]
         tail = long_tailed(targets, class_names, config) if split == "train" else None

@@ -96,6 +96,7 @@ class Criterion(nn.Module):
         if "class_counts" in self.signature.supported and counts is not None:
             self._vectors["class_counts"] = counts
         self._placed: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._expected: bool | None = None
 
         self.loss: LossFunction
         if isinstance(loss, type):
@@ -139,33 +140,80 @@ class Criterion(nn.Module):
         Returns:
             0-dim `total` (nats) and `mass`, in the promoted dtype.
         """
-        losses = self.per_sample(logits, target)  # [N]
+        losses, ignored = self._evaluate(logits, target)  # [N], [N] or None
+        if ignored is None and "weight" not in self._vectors:
+            return LossSum(losses.sum(), losses.new_full((), len(target)))
         return LossSum(losses.sum(), self.mass(target, losses.dtype))
 
     def per_sample(self, logits: Tensor | Outputs, target: Tensor) -> Tensor:
         """Loss of each row [N], in nats; ignored rows are exactly 0, in value and gradient."""
+        return self._evaluate(logits, target)[0]
+
+    def _evaluate(self, logits: Tensor | Outputs, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Loss of each row [N], and which are ignored [N], or None where none can be."""
         outputs = logits if isinstance(logits, Outputs) else Logits(logits)
-        self._check_batch(outputs, target)
+        self._check_shapes(outputs, target)
+        ignored = self._ignored(target, outputs.classes)
+        kind = outputs.rows.device.type
+        if torch.is_autocast_enabled(kind):
+            # It would take log and softmax to bfloat16 on a CPU and to float32 on CUDA.
+            with torch.autocast(kind, enabled=False):
+                losses = self._promoted(outputs, target, ignored)
+        else:
+            losses = self._promoted(outputs, target, ignored)
+        if ignored is not None:
+            # A loss may make something of equal logits all the same.
+            losses = losses.masked_fill(ignored, 0)
+        return losses, ignored
+
+    def _promoted(self, outputs: Outputs, target: Tensor, ignored: Tensor | None) -> Tensor:
         rows = outputs.rows  # [N, C], or [N, D] where the loss takes features
-        # Autocast would take log and softmax to bfloat16 on a CPU and to float32 on CUDA.
-        with torch.autocast(rows.device.type, enabled=False):
-            dtype = torch.promote_types(rows.dtype, torch.float32)
-            rows = rows.to(dtype)
-            keywords = dict(self._keywords)
-            for key in self._vectors:
-                keywords[key] = self._vector(key, dtype, rows.device)
-            if target.is_floating_point():
-                target = target.to(dtype)
-            elif self.ignore_index is not None:
-                keywords["ignore_index"] = self.ignore_index
-                ignored = (target == self.ignore_index).unsqueeze(-1)
-                # Equal logits are harmless in every loss; NaN · 0 would not be.
-                rows = rows.masked_fill(ignored, 0)
-            head = {name: part.to(dtype) for name, part in outputs.head().items()}
-            weight = [head.pop(HEAD_WEIGHT)] if HEAD_WEIGHT in head else []
-            losses: Tensor = self.loss(rows, *weight, target, **head, **keywords)
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        rows = rows.to(dtype)
+        if ignored is not None:
+            # Equal logits are harmless in every loss; NaN · 0 would not be.
+            rows = rows.masked_fill(ignored.unsqueeze(-1), 0)
+        keywords = dict(self._keywords)
+        for key in self._vectors:
+            keywords[key] = self._vector(key, dtype, rows.device)
+        if target.is_floating_point():
+            target = target.to(dtype)
+        elif self.ignore_index is not None:
+            keywords["ignore_index"] = self.ignore_index
+        head = {name: part.to(dtype) for name, part in outputs.head().items()}
+        weight = [head.pop(HEAD_WEIGHT)] if HEAD_WEIGHT in head else []
+        losses: Tensor = self.loss(rows, *weight, target, **head, **keywords)
         self._check_result(losses, rows)
         return losses
+
+    def expect(self, *, ignored_rows: bool) -> None:
+        """Say what all targets were seen to be, so that no batch of them is looked at again.
+
+        Args:
+            ignored_rows: Whether some are `ignore_index`; the others are classes.
+        """
+        self._expected = ignored_rows
+
+    def _ignored(self, target: Tensor, classes: int) -> Tensor | None:
+        """Rows whose target is `ignore_index` [N], or None where no row can have it.
+
+        Targets on the host are checked on the way, unless it is known what they are. On another
+        device a look at the values would wait for it, and compiled code looks at none.
+        """
+        looks = target.device.type == "cpu" and not torch.compiler.is_compiling()
+        if target.is_floating_point():
+            if looks and self._expected is None:
+                validate_targets(target, classes)
+            return None
+        none = self._expected is False
+        if looks and self._expected is None and len(target):
+            if target.dtype != torch.int64 or target.dim() != 1:
+                validate_targets(target, classes)
+            low, high = map(int, target.aminmax())
+            if low < 0 or high >= classes:
+                validate_targets(target, classes, self.ignore_index)
+            none = self.ignore_index is None or not low <= self.ignore_index <= high
+        return None if none or self.ignore_index is None else target == self.ignore_index
 
     def exact_sum(self, logits: Tensor | Outputs, target: Tensor) -> LossSum:
         """As calling it does, with both sums in float64: what rows are is promoted as ever.
@@ -182,12 +230,12 @@ class Criterion(nn.Module):
         Rows of soft targets count 1 each, as PyTorch defines it. Rows of integer targets count
         their class's weight (1 without weights), ignored ones 0.
         """
-        return self._masses(target, dtype).sum().to(dtype)
+        return self._masses(target, dtype).sum(dtype=dtype)
 
     def _masses(self, target: Tensor, dtype: torch.dtype) -> Tensor:
         """What each row counts [N]: whole numbers, or weights in `dtype`."""
         if target.is_floating_point():
-            return torch.ones(len(target), dtype=torch.int64, device=target.device)
+            return target.new_ones(len(target))
         kept = torch.ones_like(target, dtype=torch.bool)
         if self.ignore_index is not None:
             kept = target != self.ignore_index
@@ -223,7 +271,7 @@ class Criterion(nn.Module):
         option = self.signature.options.get(key)
         return None if option is None else option.default
 
-    def _check_batch(self, outputs: Outputs, target: Tensor) -> None:
+    def _check_shapes(self, outputs: Outputs, target: Tensor) -> None:
         wants = "features" if self.signature.wants_features else "logits"
         if outputs.name != wants:
             more = " and a head" if self.signature.wants_features else ""
@@ -233,25 +281,18 @@ class Criterion(nn.Module):
             raise LossError(
                 f"loss {self.name!r} takes no {HEAD_BIAS}, and the network's head has a bias"
             )
-        shape = tuple(outputs.rows.shape)
-        if HEAD_WEIGHT in head:
-            shape = (*shape[:-1], head[HEAD_WEIGHT].shape[0])
+        shape = (*outputs.rows.shape[:-1], outputs.classes)
         if len(shape) != 2 or target.shape not in (shape[:1], shape):
             raise LossError(
                 "logits must be [N, C] and targets [N] or [N, C]; got "
                 f"{list(shape)} and {list(target.shape)}"
             )
-        classes = shape[1]
-        self.check_classes(classes)
+        self.check_classes(outputs.classes)
         if target.is_floating_point() and not self.signature.soft_targets:
             raise LossError(
                 f"loss {self.name!r} takes classes [N], not probabilities [N, C]: use a loss with "
                 "soft_targets, such as cross_entropy"
             )
-        if target.device.type == "cpu":
-            # Elsewhere a look at the values would wait for the device, and the data module has
-            # checked them on the host.
-            validate_targets(target, classes, self.ignore_index)
 
     def _check_result(self, losses: Any, rows: Tensor) -> None:
         if not isinstance(losses, Tensor) or losses.shape != rows.shape[:1]:
@@ -260,7 +301,7 @@ class Criterion(nn.Module):
                 f"loss {self.name!r} returned {got} for {rows.shape[0]} rows: a loss returns "
                 "one value per row [N] and never reduces"
             )
-        if rows.requires_grad and not losses.requires_grad:
+        if rows.requires_grad and not losses.requires_grad and torch.is_grad_enabled():
             raise LossError(
                 f"loss {self.name!r} returned a result without gradient: it must not detach"
             )

@@ -32,6 +32,11 @@ class Outputs(ABC):
     def logits(self) -> Tensor:
         """Unnormalised scores [N, C]."""
 
+    @property
+    def classes(self) -> int:
+        """Number of classes C, or 0 for rows that have no shape of rows."""
+        return self.rows.shape[-1] if self.rows.dim() else 0
+
     def head(self) -> dict[str, Tensor]:
         """What makes logits of the rows, by the names that a loss has for it."""
         return {}
@@ -73,6 +78,11 @@ class Projection(Outputs):
     """The head's bias [C]."""
 
     name = "features"
+
+    @property
+    def classes(self) -> int:
+        """Number of classes C."""
+        return self.weight.shape[0]
 
     def logits(self) -> Tensor:
         """Unnormalised scores [N, C]."""

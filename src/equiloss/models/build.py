@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equiloss.config import ModelConfig
+from equiloss.config import Config, ModelConfig
 from equiloss.errors import ModelError, UserError, unknown
 from equiloss.imports import import_target
 from equiloss.models.dropout import RowKeys, key_dropout
@@ -62,10 +62,25 @@ def build_network(
     return model
 
 
-def lay_out(config: ModelConfig, model: nn.Module) -> nn.Module:
-    """Put the weights of a network into the configured memory order, and compile it."""
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+def memory_order(config: Config) -> torch.memory_format:
+    """The order of images and weights in memory.
+
+    Where `model.channels_last` is auto, it is NHWC for what was measured to be faster with it: the
+    shipped convnet in float32 on a CPU (docs/performance.md). It stays NCHW under
+    `trainer.reduction=bitwise`.
+    """
+    last = config.model.channels_last
+    if last == "auto":
+        options = config.trainer
+        here = options.accelerator == "cpu" and options.precision == "32-true"
+        last = config.model.name == "convnet" and here and options.reduction != "bitwise"
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def lay_out(config: ModelConfig, model: nn.Module, order: torch.memory_format) -> nn.Module:
+    """Put the weights of a network into an order in memory, and compile it if that is wanted."""
+    if order == torch.channels_last:
+        model = model.to(memory_format=order)
     if config.compile:
         model.compile()
     return model

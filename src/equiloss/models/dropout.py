@@ -26,17 +26,29 @@ class RowKeys:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.keys: Tensor | None = None
+        self.layers: list[KeyedDropout] = []
+        """Who draws from the keys."""
+        self._bound: tuple[Tensor, int] | None = None
+        self._keys: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
         """Hashed key of each row [n] int64, while a training step is under way."""
+        if self._keys is None and self._bound is not None:
+            bits = keyed_bits(self.seed, self._bound[1], self._bound[0], 1, stream=Stream.DROPOUT)
+            self._keys = bits.squeeze(1)
+        return self._keys
 
     @contextmanager
     def bound_to(self, index: Tensor, epoch: int) -> Iterator[None]:
         """Key a forward (and backward) pass by its samples: positions in the split [n]."""
-        self.keys = keyed_bits(self.seed, epoch, index, 1, stream=Stream.DROPOUT).squeeze(1)
+        self._bound = index, epoch
+        if any(layer.p > 0 for layer in self.layers):
+            _ = self.keys  # now: compiled code is to find them made
         try:
             yield
         finally:
-            self.keys = None
+            self._bound = self._keys = None
 
 
 class KeyedDropout(nn.Dropout):
@@ -67,11 +79,12 @@ class KeyedDropout(nn.Dropout):
         super().__init__(p)
         self.row_keys = row_keys
         self.layer = layer
+        row_keys.layers.append(self)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
         """Drop in training: any shape whose first axis is the rows', [n, …] -> [n, …]."""
-        keys = self.row_keys.keys
-        if not self.training or self.p == 0 or keys is None:
+        keys = self.row_keys.keys if self.training and self.p > 0 else None
+        if keys is None:
             return super().forward(input)
         if input.shape[:1] != keys.shape:
             raise RuntimeError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from equiloss.distributed import collectives
 from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Outputs
 from equiloss.parity.oracle import Oracle
+
+# Logits of a check, up to which all formulations are evaluated at once.
+TOGETHER = 2**20
 
 
 @dataclass
@@ -73,58 +77,67 @@ def compare(criterions: Sequence[Criterion], rows: Rows) -> list[Agreement]:
 
     Every rank must call it and gets the same result.
     """
-    n, exact = rows.batch, rows.exact
-    difference, gradient_error = (
-        torch.stack(errors)  # [F, 2n]
-        for errors in zip(*(_row_errors(each, rows) for each in criterions), strict=True)
-    )
+    n, count, exact = rows.batch, len(criterions), rows.exact
+    # One backward pass for all, unless their graphs would fill the memory.
+    together = count if rows.logits.numel() <= TOGETHER else 1
+    parts = [criterions[first : first + together] for first in range(0, count, together)]
+    pairs = [pair for part in parts for pair in _row_errors(part, rows)]
+    broken = (~rows.logits.isfinite()).any(-1)
+    about_rows = [*zip(*pairs, strict=True), (exact.bound, exact.spread, exact.masses, broken)]
+    # In one piece to the host, where an operation on some hundred numbers takes a tenth as long.
+    values = torch.stack([row.double() for part in about_rows for row in part]).cpu().numpy()
+    difference, gradient_error = values[:count], values[count : 2 * count]  # [F, 2n]
+    bound, spread, masses, is_broken = values[2 * count :]  # [2n]
     domains = [each.signature.domain(rows.logits.dtype) for each in criterions]
-    outside = exact.spread > exact.spread.new_tensor(domains).unsqueeze(-1)
-    error = torch.maximum(difference.abs(), gradient_error)
-    nonfinite = ~error.isfinite()
-    # An ignored row has bound 0 and must be exactly 0.
-    ratio = torch.where(error == 0, 0, error / exact.bound)
-    judged = ~(outside | nonfinite)[:, :n]
+    outside = spread > np.array(domains)[:, None]
+    error = np.maximum(abs(difference), gradient_error)
+    nonfinite = ~np.isfinite(error)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # An ignored row has bound 0 and must be exactly 0.
+        ratio = np.where(error == 0, 0, error / bound)
+    judged = ~(outside | nonfinite)
     sums = [
-        torch.where(judged, difference[:, :n], 0).sum(-1),
-        nonfinite[:, :n].sum(-1).double(),
-        outside[:, :n].sum(-1).double(),
+        np.where(judged, difference, 0)[:, :n].sum(-1),
+        nonfinite[:, :n].sum(-1),
+        outside[:, :n].sum(-1),
+        [masses[:n].sum(), is_broken[:n].sum()],
     ]
     peaks = [
-        peak(torch.where(judged, gradient_error[:, :n], 0)),
-        peak(ratio.masked_fill(outside, 0)),
+        _peaks(np.where(judged, gradient_error, 0)[:, :n]),
+        _peaks(np.where(outside, 0, ratio)),
     ]
-    broken = (~rows.logits[:n].isfinite()).any(-1).sum().double()
-    *summed, mass, broken_logits = collectives.sum_over_ranks(
-        torch.cat([*sums, exact.first(n).mass.reshape(1), broken.reshape(1)])
-    ).tolist()
-    largest = collectives.max_over_ranks(torch.cat(peaks)).tolist()
-    count = len(criterions)
-    figures = [values[at::count] for values in (summed, largest) for at in range(count)]
+    summed = collectives.sum_over_ranks(exact.bound.new_tensor(np.concatenate(sums))).tolist()
+    largest = collectives.max_over_ranks(exact.bound.new_tensor(np.concatenate(peaks))).tolist()
+    mass, broken_logits = summed[3 * count :]
     return [
         Agreement(
-            loss_error=abs(total) / mass if mass > 0 else abs(total),
-            grad_error=grad_error,
-            ratio=largest_ratio,
-            nonfinite=int(not_finite),
-            out_of_domain=int(beyond),
-            agree=largest_ratio <= 1 and not broken_logits,
+            loss_error=abs(summed[at]) / mass if mass > 0 else abs(summed[at]),
+            grad_error=largest[at],
+            ratio=largest[count + at],
+            nonfinite=int(summed[count + at]),
+            out_of_domain=int(summed[2 * count + at]),
+            agree=largest[count + at] <= 1 and not broken_logits,
         )
-        for (total, not_finite, beyond), (grad_error, largest_ratio) in zip(
-            figures[:count], figures[count:], strict=True
-        )
+        for at in range(count)
     ]
 
 
-def _row_errors(criterion: Criterion, rows: Rows) -> tuple[Tensor, Tensor]:
+def _peaks(values: Any) -> Any:
+    """Largest value of each row of [F, n], 0 for n = 0; NaN counts as infinite."""
+    return np.where(np.isnan(values), np.inf, values).max(-1, initial=0)
+
+
+def _row_errors(criterions: Sequence[Criterion], rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
     """Loss - oracle's loss, and the gradient's largest error [2n]; not finite where one is not."""
-    logits, target, exact = rows
+    exact = rows.exact
     with torch.enable_grad():
-        x = logits.detach().requires_grad_()
-        losses = criterion.per_sample(x, target)
-        (gradient,) = torch.autograd.grad(losses.sum(), x)
-    error = gradient.double().sub_(exact.gradient).abs_().amax(-1)
-    return losses.detach().double() - exact.losses, error
+        leaves = [rows.logits.detach().requires_grad_() for _ in criterions]
+        pairs = zip(criterions, leaves, strict=True)
+        losses = [criterion.per_sample(leaf, rows.target) for criterion, leaf in pairs]
+        gradients = torch.autograd.grad([each.sum() for each in losses], leaves)
+    for loss, gradient in zip(losses, gradients, strict=True):
+        error = gradient.double().sub_(exact.gradient).abs_().amax(-1)
+        yield loss.detach().double() - exact.losses, error
 
 
 def peak(values: Tensor) -> Tensor:

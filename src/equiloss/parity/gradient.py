@@ -193,6 +193,8 @@ class Watch:
         world_size, step = collectives.world_size(), self.module.step
         divisor = world_size if step.accumulate.of_mean else outcome.mass
         factor = _clipped_by(step.clip_norm, outcome.grad_norm) / divisor if divisor else 0.0
+        if world_size == 1 and factor == self._scale == 1 and self._is_given_as_brought():
+            return  # to the bit: there is nothing to add up
         for parameters in buckets(list(self._brought)):
             parts = [self._brought[parameter] for parameter in parameters]
             eps = torch.finfo(parameters[0].dtype).eps
@@ -208,6 +210,15 @@ class Watch:
             bound = size.mul_((world_size + len(passes) + 4) * eps)
             error = given.sub_(total).abs_()
             yield peak(torch.where(error == 0, 0, error.div_(bound)))
+
+    def _is_given_as_brought(self) -> bool:
+        """Whether the optimizer was given the very bits that one pass has brought."""
+        return all(
+            len(parts) <= 1
+            and parameter in self._given
+            and torch.equal(self._given[parameter], *parts or (torch.zeros_like(parameter),))
+            for parameter, parts in self._brought.items()
+        )
 
     def _ranks_differ(self) -> float:
         if collectives.world_size() == 1:

@@ -82,14 +82,21 @@ class ParityMonitor(Callback):
         """Largest error of the loss that trains over the oracle's bound: above 1 it is another
         function."""
         self.steps = 0
+        # Lightning's own count is an expensive look, once per step.
+        self._step = 0
         self._seen: Seen | None = None
         self._watch: Watch | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
+        """Note where training goes on: each batch is a step."""
+        self._step = pl_module.global_step
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: Trainer, pl_module: Classifier, batch: Batch, batch_idx: int
     ) -> None:
         """Watch the gradient of a parity step from here on."""
-        if self._is_due(pl_module.global_step):
+        step, self._step = self._step, self._step + 1
+        if step % self.config.every_n_steps == 0 or step == self.total_steps - 1:
             self._watch = Watch(pl_module, batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:  # type: ignore[override]
@@ -117,9 +124,6 @@ class ParityMonitor(Callback):
             pl_module.record(scalars, step)
         self._watch.close()
         self._watch = None
-
-    def _is_due(self, step: int) -> bool:
-        return step % self.config.every_n_steps == 0 or step == self.total_steps - 1
 
     def check(
         self,

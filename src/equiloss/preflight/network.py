@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,66 @@ def check_head(
             f"model {name!r} gives {got} logits per image where the data has {num_classes} "
             "classes: its head must give one logit per class"
         )
+
+
+def check_single_rows(
+    config: Config,
+    model: nn.Module,
+    example_images: Callable[[int], Tensor],
+    *,
+    train_rows: int,
+    world_size: int,
+) -> None:
+    """Refuse a split of the work in which a network meets a single row that it cannot train on.
+
+    Batch normalisation has no variance of one value. Whether a network minds is tried out.
+
+    Args:
+        config: Sizes of batches and micro-batches.
+        model: On the host; it is left as it was.
+        example_images: Gives so many normalised training images.
+        train_rows: Samples of the training split.
+        world_size: Ranks, over all of which batch normalisation goes.
+
+    Raises:
+        ConfigError: naming the key, the batch and what the network says.
+    """
+    batch_size = config.data.batch_size
+    size = config.trainer.micro_batch_size
+    last = train_rows % batch_size
+    single = [rows for rows in (batch_size, last) if rows and 1 in _passes(rows, world_size, size)]
+    if not single:
+        return
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            watched, images = copy.deepcopy(model).train(), example_images(2)
+            watched(images)
+        except Exception:  # then it is not the single row
+            return
+        try:
+            watched(images[:1])
+        except Exception as error:  # whatever a network of one's own raises
+            key, of = "data.batch_size", f"{train_rows} training rows"
+            if single[0] > world_size:
+                key, of = "trainer.micro_batch_size", f"a batch of {single[0]}"
+            given = batch_size if key == "data.batch_size" else size
+            raise ConfigError(
+                f"{key}={given} leaves a forward pass with a single row ({of}), and "
+                f"model={config.model.name} cannot train on one: {first_line(error)}; choose "
+                "another size"
+            ) from error
+
+
+def _passes(rows: int, world_size: int, size: int | None) -> list[int]:
+    """Rows of each forward pass of a global batch, over all ranks.
+
+    >>> _passes(5, 2, None), _passes(5, 2, 2), _passes(5, 1, 2)
+    ([5], [4, 1], [2, 2, 1])
+    """
+    slices = [rows // world_size + (rank < rows % world_size) for rank in range(world_size)]
+    size = size or max(slices)
+    firsts = range(0, max(slices), size)
+    return [sum(min(max(own - first, 0), size) for own in slices) for first in firsts]
 
 
 def judge(config: Config, found: Sequence[Found], world_size: int) -> None:

@@ -108,9 +108,10 @@ class RunTensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write scalars."""
+        """Write scalars, as one event: an event for each takes four times as long."""
+        scalars = [Summary.Value(tag=tag(name), simple_value=metrics[name]) for name in metrics]
         with writing(self._events):
-            super().log_metrics({tag(name): value for name, value in metrics.items()}, step)
+            self.experiment._get_file_writer().add_summary(Summary(value=scalars), step)
 
     @rank_zero_only
     def add_figure(self, tag: str, figure: Figure, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from equiloss.training import bitwise, optim
 from equiloss.training.metrics import Evaluated, EvaluationMetric
 from equiloss.training.state import Clock, Progress, RunState
 from equiloss.training.step import GlobalStep, MicroBatches, StepOutcome, settle_buckets
+
+log = logging.getLogger(__name__)
 
 
 class Classifier(LightningModule):
@@ -117,7 +120,9 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer and schedule over the run's own number of steps."""
-        optimizer = optim.build_optimizer(self.config.optimizer, self)
+        trainer = self.config.trainer
+        fused = trainer.reduction != "bitwise" and trainer.precision != "16-mixed"
+        optimizer = optim.build_optimizer(self.config.optimizer, self, fused=fused)
         scheduler = optim.build_scheduler(
             self.config.scheduler, optimizer, total_steps=self.total_steps
         )
@@ -248,6 +253,8 @@ class Classifier(LightningModule):
                 f"evaluated {result.samples} samples of the {self.split_sizes[split]} in {split}: "
                 "each must be evaluated exactly once"
             )
+        if not result.confusion.any() and split not in self.evaluated:
+            log.warning("no row of the %s split counts: its metrics are not measured", split)
         self.evaluated[split] = result
         self.progress.samples[split] = result.samples
         scalars = {f"{split}/{name}": value for name, value in result.scalars.items()}

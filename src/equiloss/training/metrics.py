@@ -6,6 +6,7 @@ figures of one device. (Averaging the ranks' averages does not, and neither does
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ class Evaluated(NamedTuple):
     """What an evaluation found."""
 
     scalars: dict[str, float]
-    """loss and nll in nats; acc, balanced_acc, acc_top5 and ece in [0, 1]."""
+    """loss and nll in nats; acc, balanced_acc, acc_top5 and ece in [0, 1]; NaN where no row
+    counts."""
     samples: int
     """Samples seen over all ranks, ignored ones included."""
     confusion: Tensor
@@ -137,13 +139,14 @@ class EvaluationMetric(Metric):
     def evaluate(self) -> Evaluated:
         """Add up the ranks and work out every figure."""
         sums: dict[str, Tensor] = self.compute()
-        rows = max(int(sums["rows"]), 1)
+        # Where no row counts nothing is measured: NaN, which wins no search.
+        rows = int(sums["rows"]) or math.nan
         mass = float(sums["loss_mass"])
         counts = sums["confusion"]
         confusion = counts[:, :-1]
         _, confidence, right = sums["calibration"]
         scalars = {
-            "loss": float(sums["loss_total"]) / mass if mass > 0 else 0.0,
+            "loss": float(sums["loss_total"]) / mass if mass > 0 else math.nan,
             "nll": float(sums["nll_total"]) / rows,
             "acc": int(confusion.trace()) / rows,
             "balanced_acc": _balanced_accuracy(confusion, counts.sum(1)),
@@ -154,7 +157,7 @@ class EvaluationMetric(Metric):
 
 
 def _balanced_accuracy(confusion: Tensor, rows: Tensor) -> float:
-    """Mean recall of the classes that occur, from counts [K, K] and rows [K]; 0 without a row.
+    """Mean recall of the classes that occur, from counts [K, K] and rows [K]; NaN without one.
 
     >>> counts = torch.tensor([[8, 2, 0], [1, 1, 0], [0, 0, 0]])
     >>> _balanced_accuracy(counts, counts.sum(1))
@@ -162,4 +165,4 @@ def _balanced_accuracy(confusion: Tensor, rows: Tensor) -> float:
     """
     occurs = rows > 0
     recalls = confusion.diagonal()[occurs].double() / rows[occurs].double()
-    return float(recalls.mean()) if len(recalls) else 0.0
+    return float(recalls.mean())

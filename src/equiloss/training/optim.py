@@ -17,12 +17,24 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from equiloss.config import OptimizerConfig, SchedulerConfig, TrainerConfig
 from equiloss.errors import ConfigError, unknown
 
+# Their dozen operations per parameter take longer than the step of a small network; in one kernel
+# they are three times as fast on a CPU.
+FUSED = ("Adam", "AdamW")
 
-def build_optimizer(config: OptimizerConfig, module: nn.Module) -> Optimizer:
+
+def build_optimizer(
+    config: OptimizerConfig, module: nn.Module, *, fused: bool = False
+) -> Optimizer:
     """Build the optimizer over a module's parameters.
 
     Parameters with fewer than two axes (norms' scales and all biases) are not decayed: decay
     pulls weights towards 0, and for a scale or an offset 0 is no simpler than another value.
+
+    Args:
+        config: Name, rates and options.
+        module: Whose parameters are trained.
+        fused: Whether a fused kernel may do it where the options say nothing: it rounds
+            differently, and unscales gradients of half precision by itself.
 
     Raises:
         ConfigError: for an unknown name, with the near miss, or an option it does not take.
@@ -45,9 +57,12 @@ def build_optimizer(config: OptimizerConfig, module: nn.Module) -> Optimizer:
             f"optimizer {config.name} has no option {', '.join(foreign)}: where that came with the "
             f"file of another optimizer, start from optimizer=adamw or leave it out, as {words}"
         )
+    options = dict(config.options)
+    if fused and config.name in FUSED and not {"foreach", "capturable"} & options.keys():
+        options = {"fused": True} | options
     try:
         optimizer: Optimizer = getattr(optim, config.name)(
-            [group for group in groups if group["params"]], lr=config.lr, **config.options
+            [group for group in groups if group["params"]], lr=config.lr, **options
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer {config.name}: {error}") from error

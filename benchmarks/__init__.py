@@ -1,0 +1,1 @@
+"""Side-by-side timings: `make bench`, or `make bench ARGS="loss loop"` for parts of it."""

@@ -1,0 +1,124 @@
+"""Time the parts that are named, or all, and print their tables; all together go into docs/.
+
+python -m benchmarks [loss] [loop] [ranks] [start] [help] [sweep] [--rounds N] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks import commands, loop, loss, ranks
+from benchmarks.paired import Ratio, ratios
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, FIGURES = DOCS / "performance.md", DOCS / "performance.json"
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+
+Tables = Iterator[tuple[str, list[Ratio]]]
+
+
+def _loss(rounds: int) -> Tables:
+    for rows, classes in loss.SHAPES:
+        title = f"A loss and its gradient, logits [{rows}, {classes}]"
+        yield title, ratios(loss.arrangements(rows, classes), rounds=rounds)
+
+
+def _loop(rounds: int) -> Tables:
+    for work, network in (("mlp", "MLP 784-64-128-64-10"), ("convnet", "Shipped convnet, 28×28")):
+        yield f"{network}, a step at batch 128", ratios(loop.arrangements(work), rounds=rounds)
+
+
+def _ranks(rounds: int) -> Tables:
+    yield "MLP on two ranks, a step at batch 256", ranks.reduction(rounds)
+
+
+def _commands(part: str, title: str) -> Callable[[int], Tables]:
+    def tables(rounds: int) -> Tables:
+        yield title, ratios(commands.arrangements(part), rounds=rounds)
+
+    return tables
+
+
+PARTS: dict[str, tuple[Callable[[int], Tables], int]] = {
+    "loss": (_loss, 11),
+    "loop": (_loop, 7),
+    "ranks": (_ranks, 7),
+    "start": (_commands("start", "From the start of a process"), 5),
+    "help": (_commands("help", "Pages of help"), 5),
+    "sweep": (_commands("sweep", "Six runs on the digits"), 3),
+}
+"""What is timed, and in how many rounds."""
+
+
+def table(title: str, measured: list[Ratio]) -> str:
+    """A table of Markdown."""
+    lines = [
+        *(f"**{title}**", ""),
+        "| | time | times the first | quartiles | wanted |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, seconds, ratio, low, high, wanted in measured:
+        aim = "" if wanted is None else f"{wanted:.2f}"
+        quartiles = f"{low:.2f} to {high:.2f}"
+        lines.append(f"| {name} | {_time(seconds)} | {ratio:.2f} | {quartiles} | {aim} |")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def environment() -> dict[str, str | int | None]:
+    """What the figures were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("equiloss", "torch", "lightning", "hydra-core")},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    """Time, print, and write if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar=f"{{{','.join(PARTS)}}}")
+    parser.add_argument("--rounds", type=int, help="instead of each part's own number")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {PAGE.name} and {FIGURES.name}"
+    )
+    asked = parser.parse_args()
+    texts, figures = [], {}
+    for part in asked.parts or PARTS:
+        tables, rounds = PARTS[part]
+        for title, measured in tables(asked.rounds or rounds):
+            texts.append(table(title, measured))
+            figures[title] = [each._asdict() for each in measured]
+            print(texts[-1], end="\n\n", flush=True)
+    if asked.write:
+        FIGURES.write_text(json.dumps({"environment": environment(), "tables": figures}, indent=1))
+        page = PAGE.read_text()
+        before, after = page.split(BEGIN)[0], page.split(END)[1]
+        tables_text = "\n\n".join(texts)
+        PAGE.write_text(f"{before}{BEGIN}\n{tables_text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
