@@ -8,6 +8,7 @@
 #   make ray
 #   make loggers
 #   make invariance
+#   make bench ARGS=loss
 #   make pictures
 #   make lock
 PYTHON ?= python3
@@ -17,7 +18,8 @@ ARGS ?=
 # Two test processes, a thread each: two pools of threads on the same cores are far slower.
 JOBS ?= 2
 
-.PHONY: train test test-slow faults moments fuzz ray loggers lint invariance pictures lock lock-check clean
+.PHONY: train test test-slow faults moments fuzz ray loggers lint invariance bench pictures lock \
+	lock-check clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -63,6 +65,10 @@ lint: $(VENV)/dev.stamp
 # The table and the picture of docs/invariance.md.
 invariance: $(VENV)/train.stamp
 	$(BIN)/equiloss verify invariance --output docs
+
+# Timings side by side; all of them together are written into docs/performance.md.
+bench: $(VENV)/train.stamp
+	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
 
 # The pictures of the README and docs/, from a real sweep (needs Debian's chromium, chromium-driver).
 pictures: $(VENV)/dev.stamp

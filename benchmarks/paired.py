@@ -18,10 +18,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
-# Two pools of threads on the same cores ruin a figure.
-THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# Two pools of threads on the same cores ruin a figure, and so does memory that one process maps
+# anew in each step while another happens to keep it.
+ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+    **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**30)),
+}
+ROOT = Path(__file__).parents[1]
 CONTROL = "the baseline again"
 
 Measure = Callable[[], float]
@@ -66,7 +72,8 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | THREADS,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
         )
 
     def measure(self) -> float:

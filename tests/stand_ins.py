@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -330,3 +331,7 @@ def learning(num_classes: int, in_channels: int) -> nn.Module:
 
 def off_by_a_percent(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
     return 1.01 * F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+
+
+def measured(seconds: float) -> Callable[[], float]:
+    return lambda: float(seconds)

@@ -200,11 +200,20 @@ def test_early_stopping_ends_a_run(run_here: Run) -> None:
 
 
 @pytest.mark.parametrize("debug", ["fast", "overfit", "profiler"])
-def test_debug_configs(debug: str, tmp_path: Path) -> None:
+def test_debug_configs(debug: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(composed(f"debug={debug}", "callbacks=quiet"), tmp_path)
     assert result.status == "completed"
     if debug == "overfit":
         assert result.metrics["train/loss"] < 0.02
+    if debug == "profiler":
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        assert {event["ph"] for event in events} == {"X"}
+        stages = {event["cat"] for event in events}
+        wanted = {"data", "forward", "loss", "backward", "optimizer", "logging", "parity"}
+        assert wanted <= stages
+        table = capsys.readouterr().out
+        assert "23 steps: where the time went" in table
+        assert all(stage in table for stage in wanted)
 
 
 @pytest.mark.parametrize(

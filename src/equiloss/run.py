@@ -22,13 +22,7 @@ from equiloss.data.loader import naming_dead_workers
 from equiloss.distributed import collectives, interruption, membership
 from equiloss.distributed.interruption import Interrupted
 from equiloss.losses.criterion import Criterion
-from equiloss.models.build import (
-    build_network,
-    expose_head,
-    lay_out,
-    memory_order,
-    parameter_dtype,
-)
+from equiloss.models import build as networks
 from equiloss.models.dropout import RowKeys
 from equiloss.parity.monitor import ParityMonitor
 from equiloss.preflight import configuration, network
@@ -110,9 +104,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     config = resolved.config
     configuration.check_arguments(config.trainer.arguments)
     randomness.seed_everything(config.seed)
-    splits = datasets.load(config.data, ignore_index=config.loss.get("ignore_index"))
-    for note in splits.notes:
-        log.warning("data=%s: %s", config.data.name, note)
+    splits = _splits(config)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
     configuration.check_loss(config, criterion, splits.num_classes)
     data = ImageDataModule(
@@ -129,7 +121,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
         config.trainer, train_samples=len(splits.train), batch_size=config.data.batch_size
     )
     # Lightning would convert after it has loaded a checkpoint, and round float64 on the way.
-    dtype = parameter_dtype(config.trainer.precision)
+    dtype = networks.parameter_dtype(config.trainer.precision)
     classifier = Classifier(
         model.to(dtype),
         criterion.to(dtype),
@@ -140,17 +132,16 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
         total_steps=total_steps,
         fingerprint=splits.fingerprint() if config.task == "fit" else None,
     )
-    monitor = _parity_monitor(config, criterion, splits, total_steps, by_row=by_row(found))
+    monitor = ParityMonitor.of_run(
+        config, criterion, splits.class_counts, total_steps, by_row=by_row(found)
+    )
     metrics_csv = MetricsCsv(directory, metric_names(config.parity.formulations))
     checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, metrics_csv)
     continued = checkpoints.find_state() if config.task == "fit" else None
     board = _board(resolved, directory, continued) if config.logger.tensorboard else None
-    own = [
-        EvaluationFigures(splits) if board else None,
-        RunLog(directory, resolved),
-        monitor,
-        checkpoints if config.task == "fit" else None,
-    ]
+    figures = EvaluationFigures(splits) if board else None
+    own: list[Callback | None] = [figures, RunLog(directory, resolved), monitor]
+    own += [checkpoints] if config.task == "fit" else []
     try:
         trainer = make_trainer(
             config,
@@ -264,44 +255,33 @@ def _loggers(parts: Parts) -> Iterator[dict[str, float]]:
         yield final
 
 
+def _splits(config: Config) -> Splits:
+    """The data, after what a user should know of how they were read."""
+    splits = datasets.load(config.data, ignore_index=config.loss.get("ignore_index"))
+    for note in splits.notes:
+        log.warning("data=%s: %s", config.data.name, note)
+    return splits
+
+
 def _network(
     config: Config, criterion: Criterion, data: ImageDataModule, row_keys: RowKeys
 ) -> tuple[nn.Module, list[Found]]:
     """The network, and what it was seen to do."""
     num_classes, image_shape = data.splits.num_classes, data.splits.image_shape
-    model = build_network(
+    model = networks.build_network(
         config.model, num_classes=num_classes, image_shape=image_shape, row_keys=row_keys
     )
     network.check_head(config.model.name, model, num_classes, image_shape)
-    found = look(model, data.example_images, row_keys) if config.task == "fit" else []
+    found = []
     if config.task == "fit":
-        network.check_single_rows(
-            config,
-            model,
-            data.example_images,
-            train_rows=len(data.splits.train),
-            world_size=membership.ranks_asked_for(config.trainer),
-        )
-    data.memory_format = memory_order(config)
-    model = lay_out(config.model, model, data.memory_format)
+        found = look(model, data.example_images, row_keys)
+        rows, ranks = len(data.splits.train), membership.ranks_asked_for(config.trainer)
+        network.check_single_rows(config, model, data.example_images, rows, ranks)
+    data.memory_format = networks.memory_order(config)
+    model = networks.lay_out(config.model, model, data.memory_format)
     if criterion.signature.wants_features:
-        expose_head(config.model.name, model, num_classes, compiled=config.model.compile)
+        networks.expose_head(config.model.name, model, num_classes, compiled=config.model.compile)
     return model, found
-
-
-def _parity_monitor(
-    config: Config, criterion: Criterion, splits: Splits, total_steps: int, *, by_row: bool
-) -> ParityMonitor | None:
-    if config.task != "fit" or config.parity.every_n_steps == 0:
-        return None
-    return ParityMonitor(
-        config.parity,
-        criterion,
-        total_steps=total_steps,
-        seed=config.seed,
-        class_counts=splits.class_counts,
-        by_row=by_row,
-    )
 
 
 def _board(resolved: ResolvedConfig, directory: Path, continued: int | None) -> RunTensorBoard:

@@ -102,13 +102,13 @@ def test_a_single_row_is_refused_where_a_network_minds(overrides, ranks, refused
     config = composed("data.val_fraction=0.2", *overrides).config
     minds = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
     before = {name: value.clone() for name, value in minds.state_dict().items()}
-    given = {"train_rows": 1150, "world_size": ranks}
+    given = (1150, ranks)
     # It minds no single row, and is right.
     plain = nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 10))
-    check_single_rows(config, plain, lambda rows: torch.randn(rows, 1, 8, 8), **given)
+    check_single_rows(config, plain, lambda rows: torch.randn(rows, 1, 8, 8), *given)
     if refused is None:
-        check_single_rows(config, minds, lambda rows: torch.randn(rows, 1, 8, 8), **given)
+        check_single_rows(config, minds, lambda rows: torch.randn(rows, 1, 8, 8), *given)
         return
     with pytest.raises(ConfigError, match=refused.replace("(", "\\(").replace(")", "\\)")):
-        check_single_rows(config, minds, lambda rows: torch.randn(rows, 1, 8, 8), **given)
+        check_single_rows(config, minds, lambda rows: torch.randn(rows, 1, 8, 8), *given)
     assert all(torch.equal(value, before[name]) for name, value in minds.state_dict().items())

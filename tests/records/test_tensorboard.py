@@ -154,8 +154,13 @@ def test_an_event_file_on_a_full_disk_is_named(
     logger, opened = board(tmp_path), ExitStack()
     opened.enter_context(logger.opened())
     words = f"^cannot write {tmp_path}/events.*: file too large"
+
+    def fill() -> None:
+        for step in range(1000):
+            logger.log_metrics({f"train/{number}": 1.0 for number in range(10)}, step)
+
     with no_room(), pytest.raises(FileError, match=words):
-        logger.log_metrics({f"train/{number}": 1.0 for number in range(1000)}, 0)
+        fill()
     with pytest.raises(FileError, match=words):
         opened.close()
     assert capsys.readouterr().err == ""

@@ -88,6 +88,8 @@ class Config:
     """Checkpoint whose weights a fit starts from; its schedule begins anew."""
     tags: list[str] = field(default_factory=list)
     """Words to find the run by, which change nothing in it."""
+    profile: bool = False
+    """Print where the time of a fit goes, by stage, and write trace.json, which Perfetto opens."""
     progress_bar: bool = True
     """Show progress while the run goes on."""
     model_summary: bool = True
@@ -100,6 +102,10 @@ class Config:
         choose("test_weights", self.test_weights, ("best", "last"))
         names = [f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS]
         choose("objective", self.objective, names)
+        require(
+            not (self.profile and "profiler" in self.trainer.arguments),
+            "profile=true has a profiler of its own: leave out +trainer.profiler",
+        )
         require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), got {self.seed}")
         require(
             self.init_from is None or self.task == "fit",

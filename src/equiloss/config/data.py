@@ -47,7 +47,8 @@ class DataConfig:
     """A dataset, its split and how it is read."""
 
     name: str = MISSING
-    """digits | fashion_mnist | mnist | cifar10 | cifar100 | image_folder | synthetic | custom."""
+    """digits | fashion_mnist | mnist | cifar10 | cifar100 | image_folder | table | synthetic |
+    custom."""
     root: str | None = None
     """Directory that holds the files (null: where the dataset is looked for by default)."""
     download: bool = False
@@ -73,6 +74,8 @@ class DataConfig:
     with sizes that fall geometrically in between (null: as it is); val and test stay whole."""
     image_size: int | None = None
     """Resize images to this height and width, in pixels (null: as stored)."""
+    table: str | None = None
+    """With name=table: a CSV file with columns path and label, and split if it has one."""
     range: list[float] | None = None
     """Values of black and white in image files of more than 8 bits (null: 0 and 65535 in 16 bits;
     others are refused)."""

@@ -19,7 +19,7 @@ from equiloss.config.training import mode_of
 from equiloss.errors import ConfigError
 
 # What only a person sees: a completed run is the same run without it.
-PRESENTATION = frozenset({"progress_bar", "model_summary", "resume", "in_use", "tags"})
+PRESENTATION = frozenset({"profile", "progress_bar", "model_summary", "resume", "in_use", "tags"})
 # Keys that each stored configuration has, whatever its version.
 MARKS = frozenset({"loss", "data", "model", "optimizer", "trainer", "parity", "task", "seed"})
 

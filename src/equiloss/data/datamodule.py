@@ -56,7 +56,7 @@ class ImageDataModule(lightning.LightningDataModule):
         for split in SPLITS:
             targets = getattr(splits, split).targets
             validate_targets(targets, splits.num_classes, ignore_index, where=f"{split} target")
-            if not targets.is_floating_point():
+            if ignore_index is not None and not targets.is_floating_point():
                 self.has_ignored_rows |= bool((targets == ignore_index).any())
         if config.augment.mixes:
             mixing.check_mixable(splits.train.targets, ignore_index)

@@ -17,6 +17,7 @@ from equiloss.config.checks import finite
 from equiloss.data.folder import image_folder
 from equiloss.data.sources import ArraySource, Batch, FileSource, Source, check_images
 from equiloss.data.splits import SPLITS, Pair, Splits, in_memory, three_way
+from equiloss.data.table import table
 from equiloss.data.torchvision_sets import cifar10, cifar100, fashion_mnist, mnist
 from equiloss.errors import ConfigError, DataError, choose, unknown
 from equiloss.imports import import_target
@@ -176,6 +177,7 @@ DATASETS: dict[str, Callable[..., Splits]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "image_folder": image_folder,
+    "table": table,
     "synthetic": synthetic,
     "custom": custom,
 }

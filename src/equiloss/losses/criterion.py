@@ -118,17 +118,6 @@ class Criterion(nn.Module):
         }
         return {key: values[key] for key in self.signature.options if key in values}
 
-    def is_same_function(self, other: Criterion) -> bool:
-        """Whether it is the same function object with equal options, and holds no state."""
-        defaults = {key: option.default for key, option in self.signature.options.items()}
-        return (
-            self.loss is other.loss
-            and not isinstance(self.loss, torch.nn.Module)
-            and defaults | self.options == defaults | other.options
-            and self._vectors.keys() == other._vectors.keys()
-            and all(torch.equal(v, other._vectors[k]) for k, v in self._vectors.items())
-        )
-
     def forward(self, logits: Tensor | Outputs, target: Tensor) -> LossSum:
         """Sum of the losses of a batch, and its mass.
 

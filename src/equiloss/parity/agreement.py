@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equiloss.distributed import collectives
 from equiloss.losses.criterion import Criterion
@@ -70,6 +70,17 @@ class Rows(NamedTuple):
     def batch(self) -> int:
         """n, the rows of the batch itself."""
         return len(self.target) // 2
+
+
+def same_function(one: Criterion, other: Criterion) -> bool:
+    """Whether two losses are one function object with equal options, and hold no state."""
+    defaults = {key: option.default for key, option in one.signature.options.items()}
+    return (
+        one.loss is other.loss
+        and not isinstance(one.loss, nn.Module)
+        and "class_counts" not in one.signature.supported
+        and defaults | one.options == defaults | other.options
+    )
 
 
 def compare(criterions: Sequence[Criterion], rows: Rows) -> list[Agreement]:

@@ -21,11 +21,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from equiloss.config import ParityConfig
+from equiloss.config import Config, ParityConfig
 from equiloss.errors import LossError, ParityError
 from equiloss.losses.criterion import Criterion
 from equiloss.parity import oracle, sums
-from equiloss.parity.agreement import Agreement, Rows, Seen, compare
+from equiloss.parity.agreement import Agreement, Rows, Seen, compare, same_function
 from equiloss.parity.gradient import Followed, Watch
 from equiloss.training.step import StepOutcome
 
@@ -86,6 +86,28 @@ class ParityMonitor(Callback):
         self._step = 0
         self._seen: Seen | None = None
         self._watch: Watch | None = None
+
+    @classmethod
+    def of_run(
+        cls,
+        config: Config,
+        criterion: Criterion,
+        class_counts: Tensor,
+        total_steps: int,
+        *,
+        by_row: bool,
+    ) -> ParityMonitor | None:
+        """The monitor that a configuration asks for, or None."""
+        if config.task != "fit" or config.parity.every_n_steps == 0:
+            return None
+        return cls(
+            config.parity,
+            criterion,
+            total_steps=total_steps,
+            seed=config.seed,
+            class_counts=class_counts,
+            by_row=by_row,
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
         """Note where training goes on: each batch is a step."""
@@ -184,7 +206,7 @@ class ParityMonitor(Callback):
         compared = list(self.formulations.values())
         place = None
         if not trained.signature.wants_features:
-            twins = (at for at, each in enumerate(compared) if each.is_same_function(trained))
+            twins = (at for at, each in enumerate(compared) if same_function(each, trained))
             place = next(twins, len(compared))
             compared += [trained] * (place == len(compared))
         agreements = compare(compared, rows)

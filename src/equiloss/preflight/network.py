@@ -77,7 +77,6 @@ def check_single_rows(
     config: Config,
     model: nn.Module,
     example_images: Callable[[int], Tensor],
-    *,
     train_rows: int,
     world_size: int,
 ) -> None:

@@ -13,6 +13,7 @@ EVALUATION = "evaluation.json"
 TRACEBACK = "error.txt"
 TRAIN_LOG = "train.log"
 TRACKERS = "trackers.json"
+TRACE = "trace.json"
 LOCK = ".lock"
 EVENTS = "events.out.tfevents.*"
 CHECKPOINTS = "checkpoints"
@@ -45,7 +46,7 @@ def written(run_dir: Path) -> Iterator[Path]:
 
     A folder that is a symbolic link is not looked into: what it leads to may be anyone's.
     """
-    names = (METRICS, f"{METRICS}{DAMAGED}", RESULTS, EVALUATION, TRACEBACK, TRACKERS)
+    names = (METRICS, f"{METRICS}{DAMAGED}", RESULTS, EVALUATION, TRACEBACK, TRACKERS, TRACE)
     yield from (run_dir / name for name in names if (run_dir / name).is_file())
     for pattern in (EVENTS, HPC):
         yield from run_dir.glob(pattern)

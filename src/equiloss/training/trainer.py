@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from rich.console import Console
 from torch import nn
 
 from equiloss.config import Config
@@ -24,6 +25,7 @@ from equiloss.distributed import membership
 from equiloss.models import batch_norm
 from equiloss.training import progress_bar
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
+from equiloss.training.profile import Profile, Stages
 from equiloss.training.time_limit import TimeLimit
 
 # The longest time that 32 bits of milliseconds hold.
@@ -67,6 +69,8 @@ def make_trainer(
     on_gpu = options.accelerator not in ("cpu", "auto") or torch.cuda.is_available()
     # A bar redraws itself, for which it needs a terminal.
     bar = config.progress_bar and sys.stdout.isatty()
+    stages = Stages() if config.profile else None
+    watching = [Profile(stages, run_dir, Console().print)] if stages else []
     trainer = Trainer(
         accelerator=options.accelerator,
         devices=options.devices if group is None else group.local_world_size,
@@ -80,7 +84,7 @@ def make_trainer(
         sync_batchnorm=world_size > 1 and on_gpu and batch_norm.is_in(model),
         log_every_n_steps=options.log_every_n_steps,
         logger=list(loggers),
-        callbacks=[*callbacks, *_configured_callbacks(config, bar=bar)],
+        callbacks=[*watching, *callbacks, *_configured_callbacks(config, bar=bar)],
         # Lightning would otherwise guess a cluster from variables around us, such as SLURM's.
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
         enable_progress_bar=False,
@@ -88,7 +92,7 @@ def make_trainer(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         default_root_dir=run_dir,
-        **options.arguments,
+        **options.arguments | ({"profiler": stages} if stages else {}),
     )
     _leave_signals_alone(trainer)
     if trainer.strategy.root_device.type == "cpu":
