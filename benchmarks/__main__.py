@@ -1,4 +1,4 @@
-"""Time the parts that are named, or all, and print their tables; all together go into docs/.
+"""Time the parts that are named, or all, and print their tables; `--write` puts them into docs/.
 
 python -m benchmarks [loss] [loop] [ranks] [start] [help] [sweep] [--rounds N] [--write]
 """
@@ -105,19 +105,28 @@ def main() -> None:
         "--write", action="store_true", help=f"write {PAGE.name} and {FIGURES.name}"
     )
     asked = parser.parse_args()
-    texts, figures = [], {}
     for part in asked.parts or PARTS:
         tables, rounds = PARTS[part]
         for title, measured in tables(asked.rounds or rounds):
-            texts.append(table(title, measured))
-            figures[title] = [each._asdict() for each in measured]
-            print(texts[-1], end="\n\n", flush=True)
-    if asked.write:
-        FIGURES.write_text(json.dumps({"environment": environment(), "tables": figures}, indent=1))
-        page = PAGE.read_text()
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        tables_text = "\n\n".join(texts)
-        PAGE.write_text(f"{before}{BEGIN}\n{tables_text}\n{END}{after}")
+            print(table(title, measured), end="\n\n", flush=True)
+            if asked.write:
+                write(title, measured)
+
+
+def write(title: str, measured: list[Ratio]) -> None:
+    """Put a table into the page and the figures, in the place of an earlier one of this title."""
+    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    figures[title] = {
+        "environment": environment(),
+        "measured": [each._asdict() for each in measured],
+    }
+    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+    known = [
+        table(name, [Ratio(**row) for row in own["measured"]]) for name, own in figures.items()
+    ]
+    page = PAGE.read_text()
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(known) + f"\n\n{END}{after}")
 
 
 if __name__ == "__main__":

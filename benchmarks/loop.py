@@ -27,7 +27,7 @@ CONF = Path(__file__).parents[1] / "conf"
 FIRST = 20
 """Steps that do not count: the first check of parity and what is loaded for it among them."""
 # All within the first epoch: a validation is other work.
-STEPS = {"mlp": 400, "convnet": 50}
+STEPS = {"mlp": 400, "convnet": 20}
 OPTIONS = {
     "mlp": [
         *("model=custom", "model.target=benchmarks.networks:mlp"),
