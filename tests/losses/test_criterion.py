@@ -167,6 +167,36 @@ class TestIgnoredRows:
         assert torch.equal(loss, without)
         assert torch.equal(gradient[[0, 2]], without_gradient)
 
+    def test_they_are_nothing_also_where_the_loss_makes_something_of_them(self):
+        def careless(logits, target, *, ignore_index: int = IGNORED):
+            return 1 + logits.exp().sum(-1)
+
+        criterion = Criterion(careless)
+        logits = torch.full((2, 3), math.inf).requires_grad_()
+        losses = criterion.per_sample(logits, torch.tensor([IGNORED, IGNORED]))
+        losses.sum().backward()
+        assert losses.tolist() == [0, 0]
+        assert logits.grad.tolist() == [[0, 0, 0]] * 2
+
+    @each_formulation
+    @pytest.mark.parametrize("ignored_rows", [True, False])
+    def test_what_is_known_of_all_targets_changes_no_bit(self, name, ignored_rows):
+        logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+        target = torch.tensor([0, 1, 2, IGNORED if ignored_rows else 1, 0, 1])
+        plain, told = Criterion(name), Criterion(name)
+        told.expect(ignored_rows=ignored_rows)
+        for one, other in zip(plain(logits, target), told(logits, target), strict=True):
+            assert torch.equal(one, other)
+
+    def test_compiled_it_is_one_graph_that_looks_at_no_value(self):
+        criterion = Criterion("cross_entropy")
+        compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+        logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        for target in ([0, 1, 2, 0], [0, IGNORED, 2, IGNORED]):
+            got, expected = (each(logits, torch.tensor(target)) for each in (compiled, criterion))
+            assert got.mass == expected.mass
+            torch.testing.assert_close(got.total, expected.total)
+
     def test_another_class_can_be_ignored(self):
         criterion = Criterion("cross_entropy", ignore_index=1)
         assert criterion.mass(torch.tensor([0, 1, 2])) == 2
@@ -405,6 +435,8 @@ class TestOtherLosses:
         target = torch.tensor([0, 1])
         Criterion(name)(torch.zeros(2, 3), target)
         with pytest.raises(LossError, match="'detached' returned a result without gradient"):
+            Criterion(name)(torch.zeros(2, 3, requires_grad=True), target)
+        with torch.no_grad():  # then none is wanted
             Criterion(name)(torch.zeros(2, 3, requires_grad=True), target)
 
     def test_capabilities_that_a_loss_lacks_are_refused(self, registered):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -60,6 +61,24 @@ class TestOptimizer:
         build_optimizer(OptimizerConfig(lr=0.5, weight_decay=0.5), module).step()
         assert torch.equal(module.weight, 0.75 * before[0])  # powers of two: no rounding
         assert torch.equal(module.bias, before[1])
+
+    @pytest.mark.parametrize("name", ["Adam", "AdamW"])
+    def test_adam_is_fused_where_nothing_forbids_it(self, name):
+        module = nn.Linear(3, 2)
+        trained = []
+        for fused, options in ((True, {}), (True, {"fused": False}), (False, {})):
+            own = copy.deepcopy(module)
+            config = OptimizerConfig(name=name, lr=0.1, options=options)
+            optimizer = build_optimizer(config, own, fused=fused)
+            assert bool(optimizer.defaults["fused"]) is (fused and not options)
+            own(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+            trained.append(own.weight.detach())
+        assert torch.equal(trained[1], trained[2])
+        # One step in another order of roundings.
+        torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=1e-6)
+        plain = OptimizerConfig(name="SGD", lr=0.1)
+        assert not build_optimizer(plain, module, fused=True).defaults["fused"]
 
     def test_frozen_parameters_are_left_out(self):
         module = network()
