@@ -101,6 +101,10 @@ class TrainerConfig:
             reason = REFUSED_TRAINER_ARGUMENTS.get(name)
             require(reason is None, f"trainer.{name} is refused: {reason}")
         require(
+            isinstance(self.arguments.get("profiler"), str | None),
+            "+trainer.profiler is the name of one of Lightning's, such as simple; or profile=true",
+        )
+        require(
             not (self.accelerator == "cpu" and self.precision == "16-mixed"),
             "trainer.precision=16-mixed needs a GPU (on a CPU it silently runs as bfloat16): "
             "use bf16-mixed or 32-true",

@@ -113,6 +113,11 @@ def synthetic(
     if int(torch.bincount(targets, minlength=num_classes).min()) < 3:
         raise few
     pixels = channels * size * size
+    if num_samples * pixels >= 2**62:
+        raise ConfigError(
+            f"data.options: {num_samples} images of {channels} channels of {size}x{size} pixels "
+            "are more than any memory holds"
+        )
     # Whole numbers alone, so that the images are the same on every machine.
     patterns = keyed_bits(seed, 0, torch.arange(num_classes), pixels, stream=Stream.SYNTHETIC)
     noise = keyed_bits(seed, 1, torch.arange(num_samples), pixels, stream=Stream.SYNTHETIC)

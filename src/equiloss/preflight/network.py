@@ -94,7 +94,7 @@ def check_single_rows(
     Raises:
         ConfigError: naming the key, the batch and what the network says.
     """
-    batch_size = config.data.batch_size
+    batch_size = min(config.data.batch_size, train_rows)
     size = config.trainer.micro_batch_size
     last = train_rows % batch_size
     single = [rows for rows in (batch_size, last) if rows and 1 in _passes(rows, world_size, size)]
@@ -112,7 +112,7 @@ def check_single_rows(
             key, of = "data.batch_size", f"{train_rows} training rows"
             if single[0] > world_size:
                 key, of = "trainer.micro_batch_size", f"a batch of {single[0]}"
-            given = batch_size if key == "data.batch_size" else size
+            given = config.data.batch_size if key == "data.batch_size" else size
             raise ConfigError(
                 f"{key}={given} leaves a forward pass with a single row ({of}), and "
                 f"model={config.model.name} cannot train on one: {first_line(error)}; choose "
@@ -126,10 +126,17 @@ def _passes(rows: int, world_size: int, size: int | None) -> list[int]:
     >>> _passes(5, 2, None), _passes(5, 2, 2), _passes(5, 1, 2)
     ([5], [4, 1], [2, 2, 1])
     """
-    slices = [rows // world_size + (rank < rows % world_size) for rank in range(world_size)]
-    size = size or max(slices)
-    firsts = range(0, max(slices), size)
-    return [sum(min(max(own - first, 0), size) for own in slices) for first in firsts]
+    least, longer = divmod(rows, world_size)  # so many ranks have a row more
+    most = least + (longer > 0)
+    size = size or most
+
+    def passed(own: int, first: int) -> int:
+        return min(max(own - first, 0), size)
+
+    return [
+        longer * passed(least + 1, first) + (world_size - longer) * passed(least, first)
+        for first in range(0, most, size)
+    ]
 
 
 def judge(config: Config, found: Sequence[Found], world_size: int) -> None:
