@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -149,9 +148,3 @@ def _row_errors(criterions: Sequence[Criterion], rows: Rows) -> Iterator[tuple[T
     for loss, gradient in zip(losses, gradients, strict=True):
         error = gradient.double().sub_(exact.gradient).abs_().amax(-1)
         yield loss.detach().double() - exact.losses, error
-
-
-def peak(values: Tensor) -> Tensor:
-    """Largest value along the last dimension, 0 where it has none; NaN counts as infinite."""
-    values = torch.nan_to_num(values, nan=math.inf, posinf=math.inf)
-    return torch.cat([values, values.new_zeros((*values.shape[:-1], 1))], dim=-1).amax(-1)

@@ -15,6 +15,7 @@ against what it must be, at each station:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -26,7 +27,6 @@ from torch import Tensor, nn
 from equiloss.distributed import collectives
 from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Outputs
-from equiloss.parity.agreement import peak
 from equiloss.parity.oracle import Oracle
 from equiloss.records.results import FOLLOWED, beyond_bound
 
@@ -166,8 +166,7 @@ class Watch:
             bound = eps * numbers * (1 + exact.spread) * terms
         expected, bound = expected * factor, bound * factor
         # The mass, the quotient and the product; weights are added up row by row.
-        added = (len(target) + collectives.world_size()) * self._is_weighted
-        rounded = (4 + added) * eps
+        rounded = (4 + (len(target) + collectives.world_size()) * self._is_weighted) * eps
         if outputs.rows.dtype != wide:
             rounded += torch.finfo(outputs.rows.dtype).eps
         bound = bound + rounded * expected.abs().amax(-1)
@@ -262,6 +261,12 @@ def digest(tensor: Tensor) -> Tensor:
     bits = tensor.contiguous().view(pattern[tensor.element_size()]).flatten().to(torch.int64)
     places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
     return torch.stack([bits.sum(), (bits * places).sum()])
+
+
+def peak(values: Tensor) -> Tensor:
+    """Largest value along the last dimension, 0 where it has none; NaN counts as infinite."""
+    values = torch.nan_to_num(values, nan=math.inf, posinf=math.inf)
+    return torch.cat([values, values.new_zeros((*values.shape[:-1], 1))], dim=-1).amax(-1)
 
 
 def _keep(parts: list[Tensor], gradient: Tensor | None) -> None:
