@@ -20,6 +20,7 @@ from equiloss.distributed import collectives
 from equiloss.distributed.interruption import Interrupted
 from equiloss.losses import Criterion, reduction
 from equiloss.models.batch_norm import synchronise
+from equiloss.training.extra_metrics import ExtraMetrics
 
 
 def rank() -> int:
@@ -315,3 +316,18 @@ def verdicts(
             result = run(config, directory / wrong, callbacks=[_Wrong(wrong)])
         found[wrong] = result.parity
     return found
+
+
+def extra_metrics_of(
+    extra: dict[str, Any], batches: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """Metrics of batches (probabilities, classes), of which each rank has a part."""
+    metrics = ExtraMetrics(extra, batches[0][0].shape[1])
+    for probabilities, target in batches:
+        parts = zip(
+            probabilities.tensor_split(collectives.world_size()),
+            target.tensor_split(collectives.world_size()),
+            strict=True,
+        )
+        metrics.update(*list(parts)[collectives.rank()])
+    return metrics.take()

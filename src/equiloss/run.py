@@ -135,7 +135,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     monitor = ParityMonitor.of_run(
         config, criterion, splits.class_counts, total_steps, by_row=by_row(found)
     )
-    metrics_csv = MetricsCsv(directory, metric_names(config.parity.formulations))
+    metrics_csv = MetricsCsv(directory, _names(config))
     checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, metrics_csv)
     continued = checkpoints.find_state() if config.task == "fit" else None
     board = _board(resolved, directory, continued) if config.logger.tensorboard else None
@@ -200,12 +200,11 @@ def _result(parts: Parts, metrics: Mapping[str, float], started: float) -> Resul
     config, classifier = parts.config, parts.classifier
     progress, counts = classifier.progress, classifier.progress.counts
     began, seconds = classifier.clock.began, counts.train_seconds
-    names = metric_names(config.parity.formulations)
     return Result(
         status="completed",
         config_hash=parts.resolved.hash,
         loss={"name": classifier.criterion.name, "options": classifier.criterion.options},
-        metrics={name: metrics[name] for name in names if name in metrics},
+        metrics={name: metrics[name] for name in _names(config) if name in metrics},
         parity=parts.monitor.summary() if parts.monitor else {},
         samples={"train_seen": counts.train_seen, **progress.samples},
         steps={
@@ -285,12 +284,16 @@ def _network(
 
 
 def _board(resolved: ResolvedConfig, directory: Path, continued: int | None) -> RunTensorBoard:
-    formulations = resolved.config.parity.formulations
     return RunTensorBoard(
         directory,
         config=resolved.plain,
         config_text=resolved.text,
-        metrics=metric_names(formulations),
-        formulations=formulations,
+        metrics=_names(resolved.config),
+        formulations=resolved.config.parity.formulations,
         first_step=continued,
     )
+
+
+def _names(config: Config) -> list[str]:
+    """Every metric that the run logs."""
+    return metric_names(config.parity.formulations, config.metrics.extra)

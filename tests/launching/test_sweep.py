@@ -11,8 +11,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from equiloss.cli.main import app
@@ -161,9 +163,17 @@ class TestLedger:
             assert found.jobs == jobs
 
     def test_direction(self) -> None:
-        assert direction({}, "val/nll") == "minimize"
-        assert direction({}, "test/acc_top5") == "maximize"
-        assert direction({"direction": "minimize"}, "test/acc") == "minimize"
+        def of(objective: str, sweeper: dict[str, str], **extra: Any) -> str:
+            config = {"objective": objective, "metrics": {"extra": extra}}
+            return direction(sweeper, OmegaConf.create(config))
+
+        assert of("val/nll", {}) == "minimize"
+        assert of("test/acc_top5", {}) == "maximize"
+        assert of("test/acc", {"direction": "minimize"}) == "minimize"
+        assert of("val/f1", {}, f1="F1Score", h="HammingDistance") == "maximize"
+        assert of("val/h", {}, f1="F1Score", h="HammingDistance") == "minimize"
+        assert of("val/x", {}, x={"target": "a:B", "mode": "max"}) == "maximize"
+        assert of("val/x", {}, x="NoSuchMetric") == "minimize"  # its jobs say why they fail
 
 
 def rows_of(output: str) -> list[str]:
@@ -196,12 +206,13 @@ class TestProgress:
     def test_as_a_table(self, begun: Ledger, tmp_path: Path) -> None:
         shown = CliRunner().invoke(app, ["sweep", str(tmp_path)])
         assert shown.exit_code == 0
-        assert rows_of(shown.output) == [
+        *ended, at_work = rows_of(shown.output)
+        assert ended == [
             "1 b completed 0.75 (best) 2 min",
             "0 a completed earlier 0.25",
             "2 c failed 3 s",
-            "3 d running 0 s",
         ]
+        assert at_work.startswith("3 d running ")
         assert "2 left" in shown.output
 
     def test_what_was_swept_has_columns(self, ledger: Ledger, tmp_path: Path) -> None:

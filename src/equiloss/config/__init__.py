@@ -15,16 +15,17 @@ from omegaconf import MISSING
 from equiloss.config.checks import open_dict, require
 from equiloss.config.data import AugmentConfig, DataConfig
 from equiloss.config.loggers import LoggerConfig, MlflowConfig, WandbConfig
+from equiloss.config.metrics import SPLIT_METRICS, MetricsConfig, mode_of, split_metrics
 from equiloss.config.network import ModelConfig
 from equiloss.config.parity import ParityConfig
 from equiloss.config.trainer import PRECISIONS, REFUSED_TRAINER_ARGUMENTS, TrainerConfig
 from equiloss.config.training import (
-    SPLIT_METRICS,
     CallbacksConfig,
     CheckpointConfig,
     EarlyStoppingConfig,
     OptimizerConfig,
     SchedulerConfig,
+    check_monitor,
 )
 from equiloss.errors import choose
 
@@ -39,6 +40,7 @@ __all__ = [
     "DataConfig",
     "EarlyStoppingConfig",
     "LoggerConfig",
+    "MetricsConfig",
     "MlflowConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -84,6 +86,7 @@ class Config:
     objective: str = "val/nll"
     """Metric that `train.py` returns to a sweeper."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     init_from: str | None = None
     """Checkpoint whose weights a fit starts from; its schedule begins anew."""
     tags: list[str] = field(default_factory=list)
@@ -100,8 +103,7 @@ class Config:
         choose("resume", self.resume, ("auto", "never"))
         choose("in_use", self.in_use, ("refuse", "wait", "unlocked"))
         choose("test_weights", self.test_weights, ("best", "last"))
-        names = [f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS]
-        choose("objective", self.objective, names)
+        self._check_metrics()
         require(
             not (self.profile and "profiler" in self.trainer.arguments),
             "profile=true has a profiler of its own: leave out +trainer.profiler",
@@ -116,3 +118,23 @@ class Config:
             "ckpt_path names the checkpoint for task=validate and task=test, and only there (or "
             f"run= the directory of its run): task={self.task} ckpt_path={self.ckpt_path}",
         )
+
+    def _check_metrics(self) -> None:
+        """Refuse what watches a metric that is none, or whose better end is not known."""
+        extra = self.metrics.extra
+        names = [f"{split}/{name}" for split in ("val", "test") for name in split_metrics(extra)]
+        choose("objective", self.objective, names)
+        for watched in (self.objective, self.checkpoint.monitor, self.early_stopping.monitor):
+            entry = extra.get(watched.partition("/")[2], {"mode": "known"})
+            require(
+                isinstance(entry, str) or bool(entry.get("mode")),
+                f"{watched} is watched, and which end of it is better is not known: set "
+                f"metrics.extra.{watched.partition('/')[2]}.mode=min or max",
+            )
+        watches: dict[str, CheckpointConfig | EarlyStoppingConfig] = {
+            "checkpoint": self.checkpoint,
+            "early_stopping": self.early_stopping,
+        }
+        for group, watch in watches.items():
+            check_monitor(group, watch.monitor, watch.mode, extra)
+            watch.mode = mode_of(watch.monitor, extra)

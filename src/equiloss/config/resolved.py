@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from equiloss.config import Config, TrainerConfig
 from equiloss.config.checks import check_plain, require
 from equiloss.config.documentation import help_text
-from equiloss.config.training import mode_of
+from equiloss.config.metrics import MetricsConfig, mode_of, with_modes
 from equiloss.errors import ConfigError
 
 # What only a person sees: a completed run is the same run without it.
@@ -67,6 +67,9 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
         # Without it the stored configuration would be no run's.
         require(key in plain, f"{key} cannot be removed: leave ~{key} out")
     _check_groups({**_schema(), "loss": {}}, plain)
+    if extra := plain.get("metrics", {}).get("extra"):
+        MetricsConfig(extra)
+        plain["metrics"] = {"extra": with_modes(extra)}
     known = {entry.name for entry in fields(TrainerConfig)}
     trainer = dict(plain["trainer"])
     arguments = {key: trainer.pop(key) for key in list(trainer) if key not in known}
@@ -116,9 +119,12 @@ def with_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_out_modes(plain: dict[str, Any]) -> None:
     """Store the mode that follows from a metric, as earlier versions did."""
+    metrics = plain.get("metrics")
+    extra = metrics.get("extra") if isinstance(metrics, Mapping) else None
     for group in plain.keys() & {"checkpoint", "early_stopping"}:
         if plain[group].get("mode") is None and "monitor" in plain[group]:
-            plain[group] = {**plain[group], "mode": mode_of(str(plain[group]["monitor"]))}
+            mode = mode_of(str(plain[group]["monitor"]), extra)
+            plain[group] = {**plain[group], "mode": mode}
 
 
 @cache

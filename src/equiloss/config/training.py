@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from equiloss.config.checks import finite, open_dict, positive, require
+from equiloss.config.metrics import mode_of, split_metrics
 from equiloss.errors import choose
 
-SPLIT_METRICS = ("loss", "nll", "acc", "balanced_acc", "acc_top5", "ece")
 
-
-def mode_of(metric: str) -> str:
-    """Whether a smaller or a larger value of a metric is better: min | max.
-
-    >>> mode_of("val/acc_top5"), mode_of("test/nll")
-    ('max', 'min')
-    """
-    return "max" if "acc" in metric else "min"
-
-
-def _check_monitor(group: str, monitor: str, mode: str | None) -> None:
+def check_monitor(group: str, monitor: str, mode: str | None, extra: Mapping[str, Any]) -> None:
     """Refuse a metric of no validation, and a mode that would keep the worst."""
-    choose(f"{group}.monitor", monitor, [f"val/{name}" for name in SPLIT_METRICS])
+    choose(f"{group}.monitor", monitor, [f"val/{name}" for name in split_metrics(extra)])
     if mode is not None:
         choose(f"{group}.mode", mode, ("min", "max"))
+        right = mode_of(monitor, extra)
         require(
-            mode == mode_of(monitor),
-            f"{group}.mode={mode} would keep the worst {monitor}: it is {mode_of(monitor)}, also "
-            "where it is left out",
+            mode == right,
+            f"{group}.mode={mode} would keep the worst {monitor}: it is {right}, also where it is "
+            "left out",
         )
 
 
@@ -84,7 +76,6 @@ class CheckpointConfig:
     """Write last.ckpt every so many steps, besides each epoch's end (null: epochs only)."""
 
     def __post_init__(self) -> None:
-        _check_monitor("checkpoint", self.monitor, self.mode)
         positive("checkpoint.every_n_steps", self.every_n_steps)
 
 
@@ -104,7 +95,6 @@ class EarlyStoppingConfig:
     """Smallest change that counts, in the metric's unit."""
 
     def __post_init__(self) -> None:
-        _check_monitor("early_stopping", self.monitor, self.mode)
         positive("early_stopping.patience", self.patience)
         finite("early_stopping.min_delta", self.min_delta)
 

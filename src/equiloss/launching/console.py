@@ -31,7 +31,8 @@ def show(result: Result, run_dir: Path) -> None:
     splits = [split for split in ("val", "test") if f"{split}/loss" in result.metrics]
     for split in splits:
         table.add_column(split, justify="right")
-    for name in SPLIT_METRICS:
+    logged = (each.partition("/")[2] for each in result.metrics if each.startswith("val/"))
+    for name in dict.fromkeys([*SPLIT_METRICS, *logged]):
         if name == "acc_top5" and (result.num_classes or 6) <= 5:
             continue  # every class is among the first five
         table.add_row(name, *(_readable(name, result.metrics.get(f"{s}/{name}")) for s in splits))
@@ -63,6 +64,8 @@ def show(result: Result, run_dir: Path) -> None:
 def _readable(name: str, value: float | None) -> str:
     if value is None:
         return "not finite"
+    if name not in SPLIT_METRICS:
+        return f"{value:.4g}"  # in a unit of its own
     return f"{value:.4g} nats" if name in ("loss", "nll") else f"{100 * value:.2f} %"
 
 

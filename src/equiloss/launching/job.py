@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import DictConfig
 
 from equiloss.distributed import membership
 from equiloss.launching import ranks, sweep_table
@@ -26,10 +27,10 @@ TRACEBACKS = "EQUILOSS_TRACEBACK"
 class Job:
     """This job's part in a sweep; of a single run nothing is noted."""
 
-    def __init__(self, objective: str, run: str) -> None:
+    def __init__(self, config: DictConfig, run: str) -> None:
         self.run = run
         hydra = HydraConfig.get()
-        self.direction = direction(hydra.sweeper, objective)
+        self.direction = direction(hydra.sweeper, config)
         self.began = time.monotonic()
         self.in_sweep = hydra.mode == RunMode.MULTIRUN
         if self.in_sweep:

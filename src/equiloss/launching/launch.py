@@ -55,7 +55,7 @@ def launch(composed: DictConfig, run: str) -> float:
     """
     streams.make_optional()  # in a worker of a parallel launcher, too
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    job = Job(str(composed.get("objective")), run)
+    job = Job(composed, run)
     # In a worker of a launcher this process has no `command.main`.
     with interruption.listening():
         return _launch(composed, run_dir, job)

@@ -19,9 +19,9 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from equiloss.config.training import mode_of
+from equiloss.config.metrics import mode_of, with_modes
 from equiloss.distributed import membership
 from equiloss.errors import UserError
 from equiloss.launching import sweep_table
@@ -33,12 +33,18 @@ from equiloss.records.ledger import ATTEMPT, SWEEP, Entry, Ledger
 POLL = 1.0
 
 
-def direction(sweeper: Any, objective: str) -> str:
+def direction(sweeper: Any, config: DictConfig) -> str:
     """Whether a sweep's objective is to become small or large: minimize | maximize."""
     configured = sweeper.get("direction")
-    if configured is None:
-        return f"{mode_of(objective)}imize"
-    return str(configured)
+    if configured is not None:
+        return str(configured)
+    objective = str(config.get("objective"))
+    name = objective.partition("/")[2]
+    entry = OmegaConf.select(config, f"metrics.extra.{name}") if name.isidentifier() else None
+    extra = {} if entry is None else {name: entry}
+    with suppress(UserError):  # which the job itself will say
+        extra = with_modes(extra)
+    return f"{mode_of(objective, extra)}imize"
 
 
 def what_varies(config: DictConfig) -> tuple[list[str], int]:
@@ -82,7 +88,7 @@ class SweepCallback(Callback):
                 attempt,
                 jobs=jobs,
                 objective=config.objective,
-                direction=direction(config.hydra.sweeper, config.objective),
+                direction=direction(config.hydra.sweeper, config),
                 swept=swept,
             )
         except (UserError, OSError) as error:

@@ -85,9 +85,8 @@ class Criterion(nn.Module):
 
         weight = options.pop("weight", None)
         self.ignore_index: int | None = options.pop("ignore_index", self._default("ignore_index"))
-        self.label_smoothing = float(
-            options.pop("label_smoothing", self._default("label_smoothing")) or 0.0
-        )
+        smoothing = options.pop("label_smoothing", self._default("label_smoothing"))
+        self.label_smoothing = float(smoothing or 0.0)
         # Not buffers: these follow the logits' dtype, not the module's (bf16-true would round
         # class weights), and DDP would broadcast a buffer before every forward pass.
         self._vectors: dict[str, Tensor] = {}
@@ -96,7 +95,7 @@ class Criterion(nn.Module):
         if "class_counts" in self.signature.supported and counts is not None:
             self._vectors["class_counts"] = counts
         self._placed: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self._expected: bool | None = None
+        self.expected: bool | None = None
 
         self.loss: LossFunction
         if isinstance(loss, type):
@@ -130,7 +129,7 @@ class Criterion(nn.Module):
             0-dim `total` (nats) and `mass`, in the promoted dtype.
         """
         losses, ignored = self._evaluate(logits, target)  # [N], [N] or None
-        if ignored is None and "weight" not in self._vectors:
+        if ignored is None and not self.is_weighted:
             return LossSum(losses.sum(), losses.new_full((), len(target)))
         return LossSum(losses.sum(), self.mass(target, losses.dtype))
 
@@ -175,13 +174,13 @@ class Criterion(nn.Module):
         self._check_result(losses, rows)
         return losses
 
-    def expect(self, *, ignored_rows: bool) -> None:
+    def expect(self, *, ignored_rows: bool | None) -> None:
         """Say what all targets were seen to be, so that no batch of them is looked at again.
 
         Args:
-            ignored_rows: Whether some are `ignore_index`; the others are classes.
+            ignored_rows: Whether some are `ignore_index`; the others are classes. None: not known.
         """
-        self._expected = ignored_rows
+        self.expected = ignored_rows
 
     def _ignored(self, target: Tensor, classes: int) -> Tensor | None:
         """Rows whose target is `ignore_index` [N], or None where no row can have it.
@@ -191,11 +190,11 @@ class Criterion(nn.Module):
         """
         looks = target.device.type == "cpu" and not torch.compiler.is_compiling()
         if target.is_floating_point():
-            if looks and self._expected is None:
+            if looks and self.expected is None:
                 validate_targets(target, classes)
             return None
-        none = self._expected is False
-        if looks and self._expected is None and len(target):
+        none = self.expected is False
+        if looks and self.expected is None and len(target):
             if target.dtype != torch.int64 or target.dim() != 1:
                 validate_targets(target, classes)
             low, high = map(int, target.aminmax())
@@ -228,7 +227,7 @@ class Criterion(nn.Module):
         kept = torch.ones_like(target, dtype=torch.bool)
         if self.ignore_index is not None:
             kept = target != self.ignore_index
-        if "weight" not in self._vectors:
+        if not self.is_weighted:
             return kept
         weight = self._vector("weight", dtype, target.device)
         return weight[target.masked_fill(~kept, 0)] * kept
@@ -246,9 +245,14 @@ class Criterion(nn.Module):
                     "give one per class"
                 )
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether rows count by class weights."""
+        return "weight" in self._vectors
+
     def weight(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Class weights [C], or None without weights."""
-        return self._vector("weight", dtype, device) if "weight" in self._vectors else None
+        return self._vector("weight", dtype, device) if self.is_weighted else None
 
     def _vector(self, key: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         place = (key, dtype, device)

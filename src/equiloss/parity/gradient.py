@@ -146,10 +146,10 @@ class Watch:
             exact: The oracle's values for these rows.
             known: Whether that loss is the oracle's function.
         """
-        mass = collectives.sum_over_ranks(exact.mass)
-        factor = torch.ones_like(mass)
+        mass = collectives.sum_over_ranks(exact.mass).item()
+        factor = 1.0
         if self.module.step.accumulate.of_mean:
-            factor = collectives.world_size() / mass if mass > 0 else torch.zeros_like(mass)
+            factor = collectives.world_size() / mass if mass > 0 else 0.0
         arrived = torch.cat(self._arrived).double() / self._scale
         wide = torch.promote_types(outputs.rows.dtype, torch.float32)
         eps = torch.finfo(wide).eps
@@ -164,16 +164,15 @@ class Watch:
             # Sums over the row's numbers or classes round once for each of them.
             numbers = max(outputs.rows.shape[1], exact.gradient.shape[1])
             bound = eps * numbers * (1 + exact.spread) * terms
-        expected, bound = expected * factor, bound * factor
         # The mass, the quotient and the product; weights are added up row by row.
-        rounded = (4 + (len(target) + collectives.world_size()) * self._is_weighted) * eps
+        weighted = (len(target) + collectives.world_size()) * criterion.is_weighted
+        rounded = (4 + weighted) * eps
         if outputs.rows.dtype != wide:
             rounded += torch.finfo(outputs.rows.dtype).eps
-        bound = bound + rounded * expected.abs().amax(-1)
-        error = (arrived - expected).abs().amax(-1)
-        ratio = torch.where(error == 0, 0, error / bound)
-        outside = exact.spread > criterion.signature.domain(wide)
-        return peak(torch.where(outside, 0, ratio))
+        bound = (bound + rounded * expected.abs().amax(-1)) * factor
+        error = arrived.sub_(expected, alpha=factor).abs_().amax(-1)
+        fine = (error == 0) | (exact.spread > criterion.signature.domain(wide))
+        return peak((error / bound).masked_fill_(fine, 0))
 
     def conclude(self, gradient_ratio: Tensor, outcome: StepOutcome) -> Followed:
         """The verdict on the step, once the optimizer has taken it.
@@ -227,10 +226,6 @@ class Watch:
         digests = torch.stack([digest(tensor.detach()) for tensor in tensors])
         largest, smallest = collectives.max_over_ranks(torch.stack([digests, ~digests]))
         return float((largest != ~smallest).any(-1).sum())
-
-    @property
-    def _is_weighted(self) -> bool:
-        return self.module.criterion.weight(torch.float64, torch.device("cpu")) is not None
 
 
 def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

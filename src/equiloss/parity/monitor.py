@@ -123,8 +123,10 @@ class ParityMonitor(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:  # type: ignore[override]
         """Keep what this step saw: the optimizer may change the head, or the loss itself."""
+        if self._watch is None:
+            return
         accumulated = pl_module.step.accumulated
-        if accumulated is not None and self._watch is not None:
+        if accumulated is not None:
             criterion = pl_module.criterion
             if any(True for _ in criterion.parameters()):
                 criterion = copy.deepcopy(criterion)
@@ -148,12 +150,7 @@ class ParityMonitor(Callback):
         self._watch = None
 
     def check(
-        self,
-        seen: Seen,
-        outcome: StepOutcome,
-        step: int,
-        rank: int,
-        watch: Watch | None = None,
+        self, seen: Seen, outcome: StepOutcome, step: int, rank: int, watch: Watch | None = None
     ) -> dict[str, float]:
         """Compare one step's logits, and its gradient if it was watched.
 
@@ -294,4 +291,7 @@ def _with_options_of(
             raise LossError(
                 f"parity.formulations: {name!r} has no {key}, which this run uses; leave it out"
             )
-    return Criterion(name, class_counts=class_counts, **used)
+    formulation = Criterion(name, class_counts=class_counts, **used)
+    if formulation.ignore_index == criterion.ignore_index:
+        formulation.expect(ignored_rows=criterion.expected)
+    return formulation

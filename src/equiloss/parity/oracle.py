@@ -74,18 +74,17 @@ def cross_entropy(
     w = x.new_ones(classes) if weight is None else weight.double()
     if target.is_floating_point():
         t = target.double()
-        kept = torch.ones(rows, dtype=torch.bool, device=x.device)
         masses = x.new_ones(rows)
     else:
-        kept = torch.ones_like(target, dtype=torch.bool)
+        t = (target.unsqueeze(-1) == torch.arange(classes, device=target.device)).double()
         if ignore_index is not None:
-            kept = target != ignore_index
-        x = x.masked_fill(~kept.unsqueeze(-1), 0)
-        one_hot = target.unsqueeze(-1) == torch.arange(classes, device=target.device)  # [N, C]
-        t = (one_hot & kept.unsqueeze(-1)).double()
+            ignored = (target == ignore_index).unsqueeze(-1)
+            x, t = x.masked_fill(ignored, 0), t.masked_fill_(ignored, 0)
         masses = (t * w).sum(-1)
-    uniform = kept.unsqueeze(-1).double() / classes  # 0 for ignored rows
-    a = w * ((1 - label_smoothing) * t + label_smoothing * uniform)  # [N, C]
+    if label_smoothing:
+        counts = masses if target.is_floating_point() else t.sum(-1)  # 0 for ignored rows
+        t = (1 - label_smoothing) * t + label_smoothing * counts.unsqueeze(-1) / classes
+    a = t * w  # [N, C]
     q = a.sum(-1)  # [N]
 
     largest = x.amax(-1, keepdim=True)

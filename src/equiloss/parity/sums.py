@@ -30,9 +30,11 @@ def mass_error(
         weighted: Whether rows count by class weights.
     """
     n, dtype = rows.batch, rows.logits.dtype
-    masses = [each.mass(rows.target[:n], dtype).double() for each in formulations]
-    exact = rows.exact.first(n).mass
-    sums = torch.stack([exact, *masses, torch.full_like(exact, n)])
+    # Most have the same rule, which is evaluated once.
+    rules = {(each.ignore_index, each.is_weighted): each for each in formulations}.values()
+    masses = [each.mass(rows.target[:n], dtype).double() for each in rules]
+    exact = rows.exact.masses[:n].sum()
+    sums = torch.stack([exact, *masses, exact.new_tensor(n)])
     *summed, count = collectives.sum_over_ranks(sums).tolist()
     error = max(abs(mass - summed[0]) for mass in (*summed[1:], outcome.mass))
     if not weighted:
@@ -49,9 +51,9 @@ def global_error(outcome: StepOutcome, seen: Seen) -> tuple[float, bool]:
     with torch.no_grad():
         losses = criterion.per_sample(everything, target)  # [N]
     mass = criterion.mass(target, losses.dtype)
-    error = abs(outcome.loss - reduction.mean(losses.sum(), mass).item())
     # Any two orders of summation differ by at most N · eps · sum of |terms|.
-    scale = reduction.mean(losses.abs().sum(), mass).item()
+    loss, scale = reduction.mean(torch.stack([losses.sum(), losses.abs().sum()]), mass).tolist()
+    error = abs(outcome.loss - loss)
     bound = len(losses) * torch.finfo(losses.dtype).eps * scale
     return error, error <= bound + _recomputation(everything)
 

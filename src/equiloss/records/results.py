@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -50,15 +50,19 @@ STOPPED = {
 TRAIN_METRICS = ("loss", "grad_norm", "lr", "samples_per_s", "skipped_steps")
 
 
-def metric_names(formulations: Sequence[str]) -> list[str]:
+def metric_names(formulations: Sequence[str], extra: Iterable[str] = ()) -> list[str]:
     """Every name that a run logs, the same for every loss.
+
+    Args:
+        formulations: What is held against the oracle.
+        extra: Names of further metrics of each split.
 
     >>> metric_names(["cross_entropy"])[-3:]
     ['parity/sum_ratio', 'parity/row_ratio', 'parity/ranks_differ']
     """
     return [
         *(f"train/{name}" for name in TRAIN_METRICS),
-        *(f"{split}/{name}" for split in ("val", "test") for name in SPLIT_METRICS),
+        *(f"{split}/{name}" for split in ("val", "test") for name in (*SPLIT_METRICS, *extra)),
         *(
             f"parity/{formulation}/{name}"
             for formulation in formulations

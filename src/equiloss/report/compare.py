@@ -48,6 +48,13 @@ class Comparison:
     run_set: RunSet
 
     @property
+    def final_metrics(self) -> list[str]:
+        """What is shown of each group: what every run has, and the runs' own metrics."""
+        settings = {key for group in self.groups for run in group.runs for key in run.settings}
+        own = {key.split(".")[2] for key in settings if key.startswith("metrics.extra.")}
+        return [*FINAL_METRICS, *(f"test/{name}" for name in sorted(own))]
+
+    @property
     def careful(self) -> list[str]:
         """One line on keys that nobody has varied; nothing where there are none."""
         said = f"Careful: runs differ in more than was swept: {listed(self.unasked)}."

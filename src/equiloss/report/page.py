@@ -14,7 +14,7 @@ from equiloss.errors import printable
 from equiloss.records.atomic import write_atomically
 from equiloss.records.results import json_ready
 from equiloss.records.writing import FileError
-from equiloss.report.compare import FINAL_METRICS, LINKS, TIMING, Comparison, compare
+from equiloss.report.compare import LINKS, TIMING, Comparison, compare
 from equiloss.report.figures import Picture, draw_all
 from equiloss.report.groups import Group
 from equiloss.report.links import link_runs
@@ -62,7 +62,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Com
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the final metrics, mean ± standard deviation over seeds, the best first."""
     objective = comparison.objective
-    others = [name for name in FINAL_METRICS if name != objective]
+    others = [name for name in comparison.final_metrics if name != objective]
     head = ["group", "runs", objective, "to the best", *others, "train (s)", "samples/s"]
     rows = []
     for place, group in zip(ranking(comparison.groups, objective), comparison.groups, strict=True):
@@ -178,7 +178,7 @@ def data(comparison: Comparison) -> dict[str, Any]:
     """
     fields = vars(comparison) | {
         "verdict": asdict(comparison.verdict),
-        "groups": [_group_data(group) for group in comparison.groups],
+        "groups": [_group_data(group, comparison.final_metrics) for group in comparison.groups],
         "pairs": [{key: getattr(pair, key) for key in PAIR_KEYS} for pair in comparison.pairs],
         "runs": [
             {
@@ -194,7 +194,7 @@ def data(comparison: Comparison) -> dict[str, Any]:
     return {key: json_ready(value, str) for key, value in fields.items() if key != "run_set"}
 
 
-def _group_data(group: Group) -> dict[str, Any]:
-    spreads = {name: group.spread(name) for name in (*FINAL_METRICS, *TIMING)}
+def _group_data(group: Group, names: Sequence[str]) -> dict[str, Any]:
+    spreads = {name: group.spread(name) for name in (*names, *TIMING)}
     metrics = {name: asdict(spread) for name, spread in spreads.items() if spread}
     return {"label": group.label, "runs": [run.name for run in group.runs], "metrics": metrics}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from equiloss.config.training import mode_of
+from equiloss.config.metrics import mode_of
 from equiloss.report.groups import LARGEST, Group, Spread
 
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, Cornish & Fisher's
@@ -82,7 +82,7 @@ def objective_of(groups: Sequence[Group]) -> str:
 
 def ranked(groups: Sequence[Group], objective: str) -> list[Group]:
     """Groups by the mean of the objective, the best first; those without a figure last."""
-    sign = -1 if mode_of(objective) == "max" else 1
+    sign = -1 if _mode(groups, objective) == "max" else 1
 
     def place(group: Group) -> float:
         spread = group.spread(objective)
@@ -95,11 +95,20 @@ def ranked(groups: Sequence[Group], objective: str) -> list[Group]:
 def ranking(groups: Sequence[Group], objective: str) -> list[Ranked]:
     """Each group of a ranking, with its difference to the first."""
     values = [_by_seed(group, objective) for group in groups]
-    behind = [difference(each, values[0], mode_of(objective)) for each in values]
+    mode = _mode(groups, objective)
+    behind = [difference(each, values[0], mode) for each in values]
     return [
         Ranked(group.label, group.spread(objective), None if group is groups[0] else apart)
         for group, apart in zip(groups, behind, strict=True)
     ]
+
+
+def _mode(groups: Sequence[Group], objective: str) -> str:
+    """Which end of the objective is better, as the runs' own configurations have it."""
+    name = objective.partition("/")[2]
+    key = f"metrics.extra.{name}.mode"
+    modes = [run.settings[key] for group in groups for run in group.runs if key in run.settings]
+    return mode_of(objective, {name: {"mode": modes[0]}} if modes else None)
 
 
 def _by_seed(group: Group, objective: str) -> dict[str, list[float]]:

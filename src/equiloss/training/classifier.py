@@ -64,7 +64,9 @@ class Classifier(LightningModule):
         self.split_sizes = split_sizes
         self.total_steps = total_steps
         self.fingerprint = fingerprint or {}
-        self.evaluation = EvaluationMetric(num_classes, criterion.ignore_index)
+        self.evaluation = EvaluationMetric(
+            num_classes, criterion.ignore_index, config.metrics.extra
+        )
         accumulate = (
             bitwise.Shards(self, config.trainer.shards)
             if config.trainer.reduction == "bitwise"

@@ -7,7 +7,7 @@ figures of one device. (Averaging the ranks' averages does not, and neither does
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from equiloss.losses.criterion import LossSum
+from equiloss.training.extra_metrics import ExtraMetrics
 
 CALIBRATION_BINS = 15
 SCALARS = ("loss_total", "loss_mass", "nll_total")
@@ -68,6 +69,7 @@ class EvaluationMetric(Metric):
     Args:
         num_classes: K.
         ignore_index: Integer target of the rows that are left out, or None.
+        extra: Further metrics, as `metrics.extra` has them.
     """
 
     full_state_update = False
@@ -80,8 +82,14 @@ class EvaluationMetric(Metric):
     confusion: Tensor
     calibration: Tensor
 
-    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        self.extra = ExtraMetrics(extra or {}, num_classes)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         for name in SCALARS:
@@ -114,7 +122,9 @@ class EvaluationMetric(Metric):
 
         if target.is_floating_point():
             target = target.argmax(-1)
-        confidence = logits.softmax(-1).amax(-1)  # [N, K] -> [N]
+        probabilities = logits.softmax(-1)  # [N, K]
+        self.extra.update(probabilities, target)
+        confidence = probabilities.amax(-1)  # [N]
         decided = ~confidence.isnan()
         # A confidence that is NaN belongs nowhere: it makes the first bin, and with it ece, NaN.
         edges = torch.arange(1, CALIBRATION_BINS).to(confidence) / CALIBRATION_BINS
@@ -153,6 +163,7 @@ class EvaluationMetric(Metric):
             "acc_top5": int(sums["top5"]) / rows,
             "ece": float((right - confidence).abs().sum()) / rows,
         }
+        scalars |= self.extra.take()
         return Evaluated(scalars, int(sums["samples"]), confusion, sums["calibration"])
 
 

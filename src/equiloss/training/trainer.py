@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from equiloss.config import Config
-from equiloss.config.training import mode_of
+from equiloss.config.metrics import mode_of
 from equiloss.distributed import membership
 from equiloss.models import batch_norm
 from equiloss.training import progress_bar
@@ -127,7 +127,7 @@ def _configured_callbacks(config: Config, *, bar: bool) -> Iterator[Callback]:
     if stop.enabled:
         yield EarlyStopping(
             stop.monitor,
-            mode=mode_of(stop.monitor),
+            mode=mode_of(stop.monitor, config.metrics.extra),
             patience=stop.patience,
             min_delta=stop.min_delta,
         )
