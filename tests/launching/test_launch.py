@@ -134,6 +134,17 @@ def test_the_traceback_is_there_for_who_asks(train: Train) -> None:
     assert "Traceback" in done.stderr
 
 
+def test_modules_are_found_where_the_user_stands(train: Train, tmp_path: Path) -> None:
+    """Python itself looks beside train.py alone."""
+    (tmp_path / "mine_alone.py").write_text(
+        "def plain(logits, target):\n"
+        "    return logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0]\n"
+    )
+    done = train(*FAST, "loss=custom", "loss.target=mine_alone:plain", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert Result.read(tmp_path / "run").loss["name"] == "custom"
+
+
 @slow  # of a claim in this process: tests/launching/test_resume.py
 def test_a_directory_that_holds_a_run_is_left_alone(train: Train, tmp_path: Path) -> None:
     directory = tmp_path / "run"

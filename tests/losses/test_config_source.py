@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from equiloss.config import resolved
 from equiloss.errors import ConfigError, LossError
@@ -151,6 +152,18 @@ class TestNodes:
         )
 
 
+def with_types(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    factor: float = 1.0,
+    powers: list[float] = [2.0],  # noqa: B006
+    table: dict[str, float] = {"a": 1.0, "b": 2.0},  # noqa: B006
+    steps: int = 2,
+) -> Tensor:
+    return logits.sum(-1)
+
+
 class TestCustom:
     def test_options_of_any_name(self, monkeypatch, tmp_path):
         (tmp_path / "losses_by_path.py").write_text(
@@ -167,6 +180,30 @@ class TestCustom:
             "options": {"factor": 3},
         }
         assert Criterion(**plain(node)).options == {"factor": 3}
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ({"factor": 2, "powers": [1, 2]}, {"factor": 2.0, "powers": [1.0, 2.0]}),
+            ({"table": {"b": 3}}, {"table": {"a": 1.0, "b": 3.0}}),  # merged, as a registered one's
+            ({"factor": "two"}, r"loss\.options\.factor: Value 'two' .* could not be converted"),
+            ({"powers": [1, "b"]}, r"loss\.options\.powers\[1\]: Value 'b'"),
+            ({"table": {"a": "x"}}, r"loss\.options\.table\.a: Value 'x'"),
+            ({"steps": 1.5}, r"loss\.options\.steps: Value '1\.5'"),
+        ],
+    )
+    def test_options_have_the_types_of_the_signature(self, given, expected):
+        def make() -> Criterion:
+            return Criterion("custom", target=f"{__name__}:with_types", options=given)
+
+        if isinstance(expected, str):
+            with pytest.raises(LossError, match=expected):
+                make()
+        else:
+            defaults = {"factor": 1.0, "powers": [2.0], "table": {"a": 1.0, "b": 2.0}, "steps": 2}
+            got = make().options
+            assert {**defaults, **got} == {**defaults, **expected}
+            assert all(isinstance(value, float) for value in got.get("powers", []))
 
     def test_the_target_is_required(self):
         with pytest.raises(ConfigError, match=r"^missing value: loss\.target \(such as "):

@@ -35,6 +35,8 @@ def main(application: Callable[[], Any]) -> None:
     streams.make_optional()
     logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's: a line for each plugin
     membership.quieten_hydra(sys.argv)
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # modules of a user who stands elsewhere than train.py
     full_error = os.environ.get(FULL_ERROR)
     variables = {
         # Hydra then raises its errors, so that they can be shown in one line.

@@ -19,7 +19,7 @@ from equiloss.errors import LossError
 from equiloss.imports import import_target
 from equiloss.losses import registry
 from equiloss.losses.adapter import adapted
-from equiloss.losses.options import check_counts, check_options, class_weights
+from equiloss.losses.options import check_counts, checked, class_weights
 from equiloss.losses.projection import Logits, Outputs
 from equiloss.losses.signature import HEAD_BIAS, HEAD_WEIGHT, LossFunction, read
 from equiloss.losses.validation import validate_targets
@@ -74,7 +74,7 @@ class Criterion(nn.Module):
             loss = registry.get(name)
         self.name = name
         self.signature = read(name, loss)
-        check_options(name, self.signature, options)
+        options = checked(name, self.signature, options)
         counts = None if class_counts is None else torch.as_tensor(class_counts).cpu()
         if "class_counts" in self.signature.supported:
             if counts is None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from equiloss.errors import LossError, unknown
-from equiloss.losses.signature import Signature
+from equiloss.errors import LossError, first_line, unknown
+from equiloss.losses.registry import CUSTOM
+from equiloss.losses.signature import Signature, config_node
 
 
 def require(condition: bool, rule: str, value: object) -> None:
@@ -32,8 +35,12 @@ def require(condition: bool, rule: str, value: object) -> None:
         raise LossError(f"{rule}, got {value}")
 
 
-def check_options(name: str, signature: Signature, options: Mapping[str, Any]) -> None:
+def checked(name: str, signature: Signature, options: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse options that a loss has not, that it requires, or that lie out of their range.
+
+    Returns:
+        The options: those of a loss by import path with the types of its signature, and mappings
+        merged into their defaults, as Hydra does it for a registered one.
 
     Raises:
         LossError: naming the option and the choices.
@@ -61,6 +68,18 @@ def check_options(name: str, signature: Signature, options: Mapping[str, Any]) -
         isinstance(smoothing, (int, float)) and 0 <= smoothing <= 1
     ):
         raise LossError(f"loss.label_smoothing must lie in [0, 1], got {smoothing}")
+    return _typed(signature, options) if name == CUSTOM else dict(options)
+
+
+def _typed(signature: Signature, options: Mapping[str, Any]) -> dict[str, Any]:
+    known = {key: value for key, value in options.items() if key in signature.options}
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(config_node(CUSTOM, signature)), known)
+    except OmegaConfBaseException as error:
+        key, why = getattr(error, "full_key", None), first_line(error)
+        raise LossError(f"loss.options.{key}: {why}" if key else f"loss.options: {why}") from error
+    plain = cast(dict[str, Any], OmegaConf.to_container(merged))
+    return {**options, **{key: plain[key] for key in known}}
 
 
 def check_counts(name: str, counts: Tensor, fewest: int) -> None:
