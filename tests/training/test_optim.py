@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn, optim
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from equiloss.config import OptimizerConfig, SchedulerConfig, TrainerConfig
 from equiloss.errors import ConfigError
-from equiloss.training.optim import build_optimizer, build_scheduler, cosine, total_steps
+from equiloss.training.optim import (
+    REFUSED_OPTIMIZERS,
+    build_optimizer,
+    build_scheduler,
+    cosine,
+    total_steps,
+)
 
 
 def network() -> nn.Module:
@@ -169,7 +179,10 @@ class TestSchedule:
         [
             ({"name": "cosin"}, r"unknown scheduler\.name 'cosin'. Did you mean 'cosine'"),
             ({"name": "steplr"}, "Did you mean 'StepLR'"),
-            ({"name": "StepLR"}, "scheduler StepLR: .*'step_size'"),
+            ({"name": "StepLR"}, r"^scheduler StepLR needs scheduler\.options\.step_size$"),
+            ({"name": "CyclicLR", "options": {"base_lr": 0.1}}, "needs .*max_lr$"),
+            ({"name": "StepLR", "options": {"step_size": 2, "x": 1}}, "scheduler StepLR: .*'x'"),
+            ({"name": "LambdaLR"}, r"scheduler\.name=LambdaLR is refused: it takes a function"),
             ({"name": "one_cycle", "options": {"pct": 0.1}}, "scheduler one_cycle: .*'pct'"),
             ({"name": "one_cycle", "options": {"pct_start": 2.0}}, "scheduler one_cycle: "),
             ({"name": "cosine", "options": {"T_max": 5}}, "scheduler cosine.*T_max"),
@@ -182,6 +195,46 @@ class TestSchedule:
         optimizer = build_optimizer(OptimizerConfig(), network())
         with pytest.raises(ConfigError, match=message):
             build_scheduler(SchedulerConfig(**config), optimizer, total_steps=10)
+
+
+def offered(build: Callable[[str], Any]) -> list[str]:
+    """The names that an error about an unknown one lists."""
+    with pytest.raises(ConfigError) as caught:
+        build("no such name")
+    return str(caught.value).partition("Known: ")[2].split(", ")
+
+
+def test_every_optimizer_that_is_offered_takes_a_step() -> None:
+    def build(name: str) -> Optimizer:
+        return build_optimizer(OptimizerConfig(name=name), module)
+
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    names = offered(build)
+    assert len(names) >= 12
+    for name in names:
+        module(torch.randn(2, 1, 4, 4)).sum().backward()
+        build(name).step()
+    for name in REFUSED_OPTIMIZERS:
+        with pytest.raises(ConfigError, match=rf"optimizer\.name={name} is refused"):
+            build(name)
+
+
+def test_every_schedule_that_is_offered_is_built_or_says_what_it_needs() -> None:
+    def build(name: str) -> LRScheduler:
+        optimizer = build_optimizer(OptimizerConfig(), network())
+        return build_scheduler(SchedulerConfig(name=name), optimizer, total_steps=9)
+
+    names = offered(build)
+    assert len(names) >= 12
+    refused = {}
+    for name in names:
+        try:
+            build(name)
+        except ConfigError as error:
+            refused[name] = str(error)
+    assert 0 < len(refused) < len(names)
+    for name, line in refused.items():
+        assert re.fullmatch(rf"scheduler {name} needs [\w., ]+", line)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])

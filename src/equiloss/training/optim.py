@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn, optim
 from torch.optim import Optimizer, lr_scheduler
@@ -20,6 +20,19 @@ from equiloss.errors import ConfigError, unknown
 # Their dozen operations per parameter take longer than the step of a small network; in one kernel
 # they are three times as fast on a CPU.
 FUSED = ("Adam", "AdamW")
+# What torch has and a run cannot use.
+REFUSED_OPTIMIZERS = {
+    "LBFGS": "it evaluates the loss several times in a step",
+    "Muon": "it takes matrices alone, and networks have biases and filters",
+    "SparseAdam": "it takes sparse gradients alone",
+}
+REFUSED_SCHEDULES = {
+    "ReduceLROnPlateau": "it follows the validations, and a schedule here is a function of the "
+    "step, the same on all ranks and after a resume; take cosine, or early stopping "
+    "(callbacks=early_stopping)",
+    **dict.fromkeys(("LambdaLR", "MultiplicativeLR"), "it takes a function"),
+    **dict.fromkeys(("ChainedScheduler", "SequentialLR"), "it takes other schedules"),
+}
 
 
 def build_optimizer(
@@ -40,8 +53,7 @@ def build_optimizer(
         ConfigError: for an unknown name, with the near miss, or an option it does not take.
     """
     known = _subclasses(optim, Optimizer)
-    if config.name not in known:
-        raise ConfigError(unknown("optimizer.name", config.name, known))
+    _check_name("optimizer.name", config.name, known, REFUSED_OPTIMIZERS)
     takes = inspect.signature(getattr(optim, config.name)).parameters
     if config.weight_decay and "weight_decay" not in takes:
         raise ConfigError(f"optimizer {config.name} has no weight_decay: set it to 0")
@@ -84,21 +96,9 @@ def build_scheduler(
             not take.
     """
     warmup = int(config.warmup_fraction * total_steps)
-    # A plateau wants a metric at each step, and a schedule here is a function of the step.
-    known = [
-        name
-        for name in _subclasses(lr_scheduler, LRScheduler)
-        if name not in ("ReduceLROnPlateau", "_LRScheduler")
-    ]
+    known = [each for each in _subclasses(lr_scheduler, LRScheduler) if each != "_LRScheduler"]
     names = ["constant", "cosine", "one_cycle", *known]
-    if config.name == "ReduceLROnPlateau":
-        raise ConfigError(
-            "scheduler.name=ReduceLROnPlateau is refused: it follows the validations, and a "
-            "schedule here is a function of the step, the same on all ranks and after a resume; "
-            "take cosine, or early stopping (callbacks=early_stopping)"
-        )
-    if config.name not in names:
-        raise ConfigError(unknown("scheduler.name", config.name, names))
+    _check_name("scheduler.name", config.name, names, REFUSED_SCHEDULES)
     if config.name in ("constant", "cosine"):
         if config.options:
             raise ConfigError(
@@ -110,6 +110,11 @@ def build_scheduler(
             f"theirs or the command: give scheduler=constant scheduler.name={config.name}, and its "
             "own arguments as scheduler.options.<argument>"
         )
+    if config.name in known and config.name != "OneCycleLR":
+        _, *takes = inspect.signature(getattr(lr_scheduler, config.name)).parameters.values()
+        needs = [each.name for each in takes if each.default is each.empty]
+        if lacking := [f"scheduler.options.{key}" for key in needs if key not in config.options]:
+            raise ConfigError(f"scheduler {config.name} needs {', '.join(lacking)}")
     try:
         if config.name == "constant":
             return LambdaLR(optimizer, lambda step: _warmup(step, warmup))
@@ -153,6 +158,13 @@ def total_steps(config: TrainerConfig, *, train_samples: int, batch_size: int) -
 
 def _warmup(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def _check_name(key: str, name: str, known: list[str], refused: Mapping[str, str]) -> None:
+    if name in refused:
+        raise ConfigError(f"{key}={name} is refused: {refused[name]}")
+    if name not in known:
+        raise ConfigError(unknown(key, name, [each for each in known if each not in refused]))
 
 
 def _subclasses(module: object, base: type) -> list[str]:
