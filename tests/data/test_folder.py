@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -234,6 +237,31 @@ def test_headers_are_remembered_until_a_file_changes(tmp_path, monkeypatch, tmp_
     assert looks[8:] == [changed]
     # What is remembered only spares time: damaged, it is read anew.
     (memory,) = (cache / "headers").glob("*.json")
-    for damage in ("", "[]", '{"cat/001.png": [1]}', '{"cat/001.png": "x"}'):
+    whole = memory.read_text()
+    entry = json.loads(whole)["cat/001.png"]
+    worse = (entry.replace("4 6 RGB", text) for text in ("x y RGB", "4", "", "-4 6 RGB", "4 6 R G"))
+    damaged = [whole.replace(entry, text) for text in worse]
+    for damage in ("", "[]", '{"cat/001.png": [1]}', '{"cat/001.png": "x"}', *damaged):
         memory.write_text(damage)
+        looks.clear()
         assert len(folder(tmp_path).class_names) == 2
+        assert changed in looks
+
+
+def test_files_that_are_slow_to_read_are_read_together(tmp_path, monkeypatch):
+    """Threads wait together; each header stays with its file."""
+    write_images(tmp_path, {"cat": 30, "dog": 30})
+    files = sorted(tmp_path.rglob("*.png"))
+    threads = set()
+
+    def slowly(file: Path) -> headers.Header:
+        threads.add(threading.get_ident())
+        time.sleep(2 * headers.SLOW)
+        return headers.Header(int(file.stem) + 1, 1, file.parent.name)
+
+    monkeypatch.setattr(headers, "read", slowly)
+    read = headers.read_all(files, tmp_path)
+    assert [(header.width, header.mode) for header in read] == [
+        (int(file.stem) + 1, file.parent.name) for file in files
+    ]
+    assert len(threads) > 2

@@ -40,7 +40,7 @@ def image_folder(config: DataConfig, *, channels: int = 3) -> Splits:
     root = Path(config.root)
     places, unused = _places(root)
     listed = {
-        split: {directory: sorted(_files(directory)) for directory in _directories(place)}
+        split: {each: sorted(_files(each), key=_parts) for each in _directories(place)}
         for split, place in places.items()
     }
     class_names = [directory.name for directory in listed["train"]]
@@ -108,6 +108,11 @@ def _read(by_class: dict[Path, list[Path]], class_names: list[str], looked: Look
         paths += images
         labels += [class_names.index(directory.name)] * len(images)
     return Files(paths, torch.tensor(labels))
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    """What paths are sorted by; each comparing its own parts anew takes a second for many."""
+    return path.parts
 
 
 def _below(directory: Path) -> list[Path]:
