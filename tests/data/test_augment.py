@@ -181,6 +181,10 @@ def test_a_pipeline_that_cannot_be_made_names_the_culprit(entries, message):
         ([{"name": "ConvertImageDtype"}], "uint8, into .* float32"),
         ([{"name": "ToPILImage"}], "into a Image"),
         ([{"name": "RandomCrop", "size": 20}], "failed on train image 3"),
+        (
+            [{"name": "Normalize", "mean": [0.5], "std": [0.5]}],
+            r"float tensor.*uint8 \[C, H, W\]; normalising and mixing come later, by data\.mean",
+        ),
     ],
 )
 def test_a_pipeline_that_changes_type_or_shape_is_refused(entries, message):

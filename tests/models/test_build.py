@@ -150,6 +150,11 @@ class TestRefused:
         with pytest.raises(ModelError, match=f"unknown model '{name}'. Did you mean '{near}'"):
             made(name)
 
+    @pytest.mark.parametrize("key", ["weights", "num_classes"])
+    def test_arguments_that_are_not_the_users_are_refused(self, key):
+        with pytest.raises(ModelError, match=rf"^model\.options\.{key} cannot be set: "):
+            made("resnet18", (3, 32, 32), options={key: "DEFAULT"})
+
     @pytest.mark.parametrize(
         ("name", "options", "culprit"),
         [

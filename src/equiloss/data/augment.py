@@ -120,7 +120,9 @@ class TransformedSource(Source):
             changed: Any = self.transform(image)
         except Exception as error:  # a transform may fail in any way
             raise DataError(
-                f"data.augment.transforms failed on train image {position}: {first_line(error)}"
+                f"data.augment.transforms failed on train image {position}: {first_line(error)} "
+                "(it is given one image, uint8 [C, H, W]; normalising and mixing come later, by "
+                "data.mean, data.std, data.augment.mixup and .cutmix: leave them out)"
             ) from error
         if (
             not isinstance(changed, Tensor)

@@ -19,6 +19,12 @@ from equiloss.imports import import_target
 from equiloss.models.dropout import RowKeys, key_dropout
 from equiloss.models.networks import MLP, ConvNet
 
+# Arguments of torchvision's networks that are not the user's.
+FIXED = {
+    "weights": "networks are trained from scratch, or from a checkpoint of equiloss (init_from=)",
+    "num_classes": "it is the number of classes in the data",
+}
+
 
 def build_network(
     config: ModelConfig,
@@ -148,6 +154,9 @@ def _torchvision(name: str, num_classes: int, channels: int, **options: Any) -> 
     known = models.list_models(module=models)
     if name not in known:
         raise ModelError(unknown("model", name, ["convnet", "mlp", "custom", *known]))
+    for key, why in FIXED.items():
+        if key in options:
+            raise ModelError(f"model.options.{key} cannot be set: {why}")
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary heads return a second set of logits while training.
         options = {"aux_logits": False, "init_weights": True, **options}
