@@ -147,7 +147,7 @@ def _features(model: nn.Module, images: Tensor) -> Tensor:
     return features
 
 
-def _torchvision(name: str, num_classes: int, channels: int, **options: Any) -> nn.Module:
+def _torchvision(name: str, num_classes: int, channels: int, /, **options: Any) -> nn.Module:
     # Imported here: torchvision is slow to import, and the small networks do without it.
     from torchvision import models
 
