@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,6 +22,11 @@ from equiloss.config import resolved
 from equiloss.config.resolved import ResolvedConfig, resolve
 from equiloss.losses import config_source
 from equiloss.records.results import Result
+
+if TYPE_CHECKING:
+    from equiloss.config import DataConfig
+    from equiloss.data.sources import Batch
+    from equiloss.data.splits import Splits
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
@@ -80,3 +87,26 @@ def no_room(size: int = 0) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def stand_in(rank: int = 0, world_size: int = 1, *, training: bool = False) -> SimpleNamespace:
+    """What the data module asks a Trainer, for a rank that does not exist."""
+    return SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        training=training,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        lightning_module=SimpleNamespace(dtype=torch.float32),
+    )
+
+
+def of_rank(
+    splits: Splits, settings: DataConfig, loader: str, rank: int, world_size: int
+) -> list[Batch]:
+    """What a rank that does not exist gets of a loader."""
+    from equiloss.data.datamodule import ImageDataModule  # and Lightning, which takes seconds
+
+    data = ImageDataModule(splits, settings, seed=4)
+    data.memory_format = torch.channels_last
+    data.trainer = stand_in(rank, world_size, training=loader == "train_dataloader")
+    return [data.on_after_batch_transfer(batch, 0) for batch in getattr(data, loader)()]

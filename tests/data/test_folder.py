@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from equiloss.config import DataConfig
-from equiloss.data import headers
+from equiloss.data import headers, many_files
 from equiloss.data.datasets import Splits, load
 from equiloss.data.sampler import Slice
 from equiloss.data.splits import SPLITS
@@ -256,7 +256,7 @@ def test_files_that_are_slow_to_read_are_read_together(tmp_path, monkeypatch):
 
     def slowly(file: Path) -> headers.Header:
         threads.add(threading.get_ident())
-        time.sleep(2 * headers.SLOW)
+        time.sleep(2 * many_files.SLOW)
         return headers.Header(int(file.stem) + 1, 1, file.parent.name)
 
     monkeypatch.setattr(headers, "read", slowly)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +11,13 @@ import torch
 from PIL import Image
 
 from equiloss.config import AugmentConfig, DataConfig
-from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import Splits, load
 from equiloss.data.splits import SPLITS
 from equiloss.distributed.process_groups import run_ranks
 from equiloss.invariance.interruption import bits
 from equiloss.records.results import Result
 from rank_functions import run_in_rank, run_until_out_of_time
-from support import composed, slow
+from support import composed, of_rank, slow
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 PICTURES = 600
@@ -107,21 +105,12 @@ def load_layout(layout: dict[str, str]) -> Splits:
 
 def batches(splits: Splits, settings: DataConfig, rank: int, world_size: int) -> list[torch.Tensor]:
     """Images, targets and positions of each batch of two splits, as one rank gets them."""
-    data = ImageDataModule(splits, settings, seed=4)
-    data.memory_format = torch.contiguous_format
-    found = []
-    for training in (True, False):
-        data.trainer = SimpleNamespace(
-            global_rank=rank,
-            world_size=world_size,
-            training=training,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            lightning_module=SimpleNamespace(dtype=torch.float32),
-        )
-        for batch in data.train_dataloader() if training else data.test_dataloader():
-            whole = data.on_after_batch_transfer(batch, 0)
-            found += [whole.images, whole.target, whole.index]
-    return found
+    return [
+        tensor
+        for loader in ("train_dataloader", "test_dataloader")
+        for batch in of_rank(splits, settings, loader, rank, world_size)
+        for tensor in (batch.images, batch.target, batch.index)
+    ]
 
 
 def members(splits: Splits) -> dict[str, dict[str, int]]:

@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,35 +19,16 @@ from PIL import Image
 
 from equiloss.config import AugmentConfig, DataConfig
 from equiloss.data.datamodule import ImageDataModule
-from equiloss.data.datasets import ArraySource, Batch, Source, Splits, load
+from equiloss.data.datasets import ArraySource, Source, Splits, load
 from equiloss.data.loader import WAY_OUT, SplitLoader, naming_dead_workers
 from equiloss.data.sampler import Slice
 from equiloss.errors import DataError
+from support import of_rank, stand_in
 
 
 def config(**changes) -> DataConfig:
     settings = {"batch_size": 8, "options": {"num_samples": 40, "num_classes": 2}} | changes
     return DataConfig(name="synthetic", **settings)
-
-
-def stand_in(rank: int = 0, world_size: int = 1, *, training: bool = False) -> SimpleNamespace:
-    """What the data module asks a Trainer, for a rank that does not exist."""
-    return SimpleNamespace(
-        global_rank=rank,
-        world_size=world_size,
-        training=training,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        lightning_module=SimpleNamespace(dtype=torch.float32),
-    )
-
-
-def of_rank(
-    splits: Splits, settings: DataConfig, loader: str, rank: int, world_size: int
-) -> list[Batch]:
-    data = ImageDataModule(splits, settings, seed=4)
-    data.memory_format = torch.channels_last
-    data.trainer = stand_in(rank, world_size, training=loader == "train_dataloader")
-    return [data.on_after_batch_transfer(batch, 0) for batch in getattr(data, loader)()]
 
 
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader", "test_dataloader"])

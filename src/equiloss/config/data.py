@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from equiloss.config.checks import finite, open_dict, positive, require
+from equiloss.errors import choose
 
 
 @dataclass
@@ -74,6 +75,9 @@ class DataConfig:
     with sizes that fall geometrically in between (null: as it is); val and test stay whole."""
     image_size: int | None = None
     """Resize images to this height and width, in pixels (null: as stored)."""
+    cache: str = "none"
+    """none | memory: decode image files each time, or once, into memory that the jobs of a sweep
+    share."""
     table: str | None = None
     """With name=table: a CSV file with columns path and label, and split if it has one."""
     range: list[float] | None = None
@@ -101,6 +105,7 @@ class DataConfig:
         for key in ("val_fraction", "test_fraction"):
             value = getattr(self, key)
             require(0 < value < 1, f"data.{key} must lie between 0 and 1, got {value}")
+        choose("data.cache", self.cache, ("none", "memory"))
         finite("data.long_tail", self.long_tail, least=1)
         finite("data.range", *(self.range or ()))
         require(

@@ -101,6 +101,10 @@ class TransformedSource(Source):
         self.transform = transform
         self.seed = seed
 
+    def hold(self) -> None:
+        """Make the source itself ready."""
+        self.source.hold()
+
     def read(self, part: Slice) -> Tensor:
         """The slice's images [n, C, H, W] uint8, transformed."""
         images = self.source.read(part)

@@ -172,6 +172,7 @@ class ImageDataModule(lightning.LightningDataModule):
             lead=training and self.config.augment.mixes,
             shards=self.shards if training else None,
         )
+        source.hold()
         if isinstance(source, ArraySource):
             # Indexing memory is faster than asking another process for it.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")

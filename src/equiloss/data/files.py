@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from equiloss.config import DataConfig
-from equiloss.data import headers
+from equiloss.data import headers, memory
 from equiloss.data.decoding import DARK, DEEP_MODES, Decoder, brightest
 from equiloss.data.sources import FileSource
 from equiloss.data.splits import SPLITS, Splits, holdout, limited, long_tailed
@@ -175,7 +175,7 @@ def from_files(
     """Make splits of image files, limited as `config` says, with ImageNet's statistics.
 
     Args:
-        config: `long_tail`, `max_samples`, `image_size` and `split_seed` are used.
+        config: `long_tail`, `max_samples`, `image_size`, `split_seed` and `cache` are used.
         files: For train, val and test each.
         class_names: Names of the classes, in the order of the targets.
         decoder: Makes pixels of a file.
@@ -193,6 +193,11 @@ def from_files(
         sources[split] = FileSource(
             paths, targets, decoder=decoder, image_size=config.image_size, root=root
         )
+    said = [*notes, *looked.notes(decoder.value_range)]
+    if config.cache == "memory":
+        said.append(memory.make_room([source.images for source in sources.values()]))
+        for source in sources.values():
+            source.keeps = True
     grey = decoder.channels == 1
     return Splits(
         sources["train"],
@@ -201,5 +206,5 @@ def from_files(
         class_names=tuple(class_names),
         mean=(sum(IMAGENET_MEAN) / 3,) if grey else IMAGENET_MEAN,
         std=(sum(IMAGENET_STD) / 3,) if grey else IMAGENET_STD,
-        notes=(*notes, *looked.notes(decoder.value_range)),
+        notes=tuple(said),
     )

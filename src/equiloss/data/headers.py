@@ -10,17 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import Progress
-
+from equiloss.data import many_files
 from equiloss.data.decoding import pil
 from equiloss.errors import DataError, UserError
 from equiloss.records.atomic import write_atomically
@@ -28,10 +23,6 @@ from equiloss.records.atomic import write_atomically
 CACHE = "EQUILOSS_CACHE"
 # Of EXIF: from 5 on, height and width change places.
 ORIENTATION = 0x0112
-# Seconds until a look at many files shows how far it is.
-PATIENCE = 2.0
-# Files that are read one by one, and the seconds for each from which on threads read the others.
-TRIED, SLOW, THREADS = 32, 0.005, 16
 UNREAD = object()
 
 
@@ -66,8 +57,9 @@ def read_all(files: Sequence[Path], root: Path) -> list[Header | None]:
     memory = _Memory(root)
     headers: list[Any] = [memory.recall(file) for file in files]
     unread = [number for number, header in enumerate(headers) if header is UNREAD]
-    read_now = _read_each([files[number] for number in unread])
-    for number, header in zip(unread, _shown(read_now, len(unread)), strict=True):
+    read_now = many_files.of_each(read, [files[number] for number in unread])
+    shown = many_files.shown(read_now, len(unread), "looking at images")
+    for number, header in zip(unread, shown, strict=True):
         headers[number] = header
         memory.add(files[number], header)
     memory.save()
@@ -129,34 +121,3 @@ class _Memory:
         with suppress(OSError, UserError, UnicodeEncodeError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, json.dumps(self.seen))
-
-
-def _read_each(files: Sequence[Path]) -> Iterator[Header | None]:
-    """Read headers, several at a time where each takes long: most of that is waiting.
-
-    Of files on a disk of one's own several threads read half as many as one.
-    """
-    began = time.monotonic()
-    tried, others = files[:TRIED], files[TRIED:]
-    yield from map(read, tried)
-    if time.monotonic() - began < SLOW * len(tried):
-        yield from map(read, others)
-    else:
-        with ThreadPoolExecutor(THREADS) as pool:
-            yield from pool.map(read, others)
-
-
-def _shown(headers: Iterable[Header | None], total: int) -> Iterator[Header | None]:
-    """The headers one by one, with a bar on a terminal where that takes long."""
-    began = time.monotonic()
-    shows = sys.stderr.isatty()
-    with ExitStack() as stack:
-        bar: Progress | None = None
-        for number, header in enumerate(headers):
-            if shows and bar is None and time.monotonic() - began > PATIENCE:
-                console = Console(stderr=True)
-                bar = stack.enter_context(Progress(console=console, transient=True))
-                bar.add_task("looking at images", total=total)
-            if bar is not None:
-                bar.update(bar.task_ids[0], completed=number)
-            yield header

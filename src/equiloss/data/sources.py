@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from equiloss.data import fingerprint
+from equiloss.data import fingerprint, memory
 from equiloss.data.decoding import Decoder
 from equiloss.data.sampler import Slice
 from equiloss.errors import DataError
@@ -52,6 +52,9 @@ class Source(Dataset[Batch], ABC):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def hold(self) -> None:
+        """Make ready what the processes that read it from now on can share."""
 
     @abstractmethod
     def read(self, part: Slice) -> Tensor:
@@ -112,7 +115,7 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """Images that are decoded from their files each time they are needed.
+    """Images that are decoded from their files each time they are needed, unless they are kept.
 
     Args:
         files: N image files that PIL can read.
@@ -140,15 +143,31 @@ class FileSource(Source):
         self.root = root
         self.decoder = decoder
         self.image_size = image_size
+        self.keeps = False
+        """Whether all images are decoded at once, and kept (see `equiloss.data.memory`)."""
+        self._images: Tensor | None = None
         channels, height, width = decoder(self.files[0]).shape
         size = (height, width) if image_size is None else (image_size, image_size)
         super().__init__(targets, (channels, *size))
 
+    @property
+    def images(self) -> memory.Images:
+        """What there is to decode."""
+        read_as = repr((self.decoder, self.image_size))
+        return memory.Images(self.files, self.image_shape, read_as, self.image)
+
+    def hold(self) -> None:
+        """Decode all images, where they are kept."""
+        if self.keeps and self._images is None:
+            self._images = memory.decoded(self.images)
+
     def read(self, part: Slice) -> Tensor:
         """The slice's images [n, C, H, W] uint8."""
+        if self._images is not None:
+            return self._images.index_select(0, part.indices)
         images = torch.empty(len(part.indices), *self.image_shape, dtype=torch.uint8)
         for row, position in enumerate(part.indices.tolist()):
-            images[row] = self._image(self.files[position])
+            images[row] = self.image(self.files[position])
         return images
 
     def fingerprint(self) -> dict[str, str]:
@@ -160,7 +179,8 @@ class FileSource(Source):
         }
         return files | super().fingerprint()
 
-    def _image(self, file: Path) -> Tensor:
+    def image(self, file: Path) -> Tensor:
+        """One file's image [C, H, W] uint8, resized where that is wanted."""
         image = self.decoder(file)  # [C, h, w]
         if image.shape == self.image_shape:
             return image

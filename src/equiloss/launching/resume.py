@@ -39,6 +39,7 @@ MAY_CHANGE = PRESENTATION | {
     "data.download",
     "data.num_workers",
     "data.worker_timeout_s",
+    "data.cache",
     "data.eval_batch_size",
     "checkpoint.every_n_steps",
     *(f"logger.{key}" for key, _ in leaves(asdict(LoggerConfig()))),
