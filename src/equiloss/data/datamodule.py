@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import lightning
@@ -15,7 +14,7 @@ from equiloss.data import mixing, position
 from equiloss.data.augment import TransformedSource, augment, build_transform
 from equiloss.data.loader import SplitLoader
 from equiloss.data.sampler import GlobalBatchSampler, Slice
-from equiloss.data.sources import ArraySource, Batch, Source
+from equiloss.data.sources import Batch, FileSource, Source
 from equiloss.data.splits import SPLITS, Splits
 from equiloss.errors import UserError
 from equiloss.losses.validation import validate_targets
@@ -173,14 +172,13 @@ class ImageDataModule(lightning.LightningDataModule):
             shards=self.shards if training else None,
         )
         source.hold()
-        if isinstance(source, ArraySource):
-            # Indexing memory is faster than asking another process for it.
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Indexing memory is faster than asking another process for it.
+        kept = isinstance(source, FileSource) and source.keeps
         return SplitLoader(
             split,
             source,
             sampler,
-            workers=self.config.num_workers,
+            workers=0 if kept else self.config.num_workers,
             timeout_s=self.config.worker_timeout_s,
             pin_memory=self._trainer.strategy.root_device.type == "cuda",
             # Each iterator draws a seed for its workers. Taken from the global generator, it

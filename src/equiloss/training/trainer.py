@@ -41,6 +41,8 @@ def quieten_lightning() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         # In-memory sets are indexed in this process on purpose: workers would only copy.
         ".*does not have many workers.*",
+        # How many there are is the configuration's to say.
+        ".*worker processes in total. Our suggested max.*",
         # The metrics are the same on every rank already: EvaluationMetric has added them up.
         ".*sync_dist=True.*",
     ):
