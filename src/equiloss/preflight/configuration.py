@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from equiloss.config import Config, TrainerConfig
-from equiloss.errors import ConfigError, first_line, unknown
+from equiloss.errors import ConfigError, LossError, first_line, unknown
+from equiloss.losses import registry
 from equiloss.losses.criterion import Criterion
+from equiloss.losses.registry import CUSTOM
 
 
 def check_arguments(arguments: Iterable[str]) -> None:
@@ -33,7 +36,7 @@ def check_loss(config: Config, criterion: Criterion, num_classes: int) -> None:
 
     Raises:
         LossError: for options of another number of classes.
-        ConfigError: for mixed targets that the loss does not take.
+        ConfigError: for mixed targets that the loss does not take, and unknown formulations.
     """
     criterion.check_classes(num_classes)
     if config.data.augment.mixes and not criterion.signature.soft_targets:
@@ -41,6 +44,20 @@ def check_loss(config: Config, criterion: Criterion, num_classes: int) -> None:
             f"data.augment.mixup and cutmix turn classes into probabilities, and loss "
             f"{criterion.name!r} takes classes: use one with soft targets, such as cross_entropy"
         )
+    if config.parity.every_n_steps == 0:
+        return
+    trained = [CUSTOM] if criterion.name == CUSTOM else []
+    for name in config.parity.formulations:
+        if name not in (*registry.names(), *trained):
+            raise ConfigError(unknown("parity.formulations", name, [*_of_logits(), *trained]))
+
+
+def _of_logits() -> Iterator[str]:
+    """Registered losses that a check can evaluate on logits."""
+    for name in registry.names():
+        with suppress(LossError):  # a broken plugin's
+            if not registry.signature(name).wants_features:
+                yield name
 
 
 def refusal(config: TrainerConfig, error: Exception) -> ConfigError:
