@@ -33,6 +33,7 @@ from equiloss.records.results import Result, metric_names
 from equiloss.records.tensorboard import RunTensorBoard
 from equiloss.records.trackers import tracked
 from equiloss.training import checkpoint, optim, own_callbacks
+from equiloss.training.about import About
 from equiloss.training.checkpoint import Checkpoints
 from equiloss.training.classifier import Classifier
 from equiloss.training.evaluation_figures import EvaluationFigures
@@ -120,25 +121,25 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     total_steps = optim.total_steps(
         config.trainer, train_samples=len(splits.train), batch_size=config.data.batch_size
     )
-    # Lightning would convert after it has loaded a checkpoint, and round float64 on the way.
-    dtype = networks.parameter_dtype(config.trainer.precision)
     classifier = Classifier(
-        model.to(dtype),
-        criterion.to(dtype),
+        model,
+        criterion,
         config,
         row_keys=row_keys,
         num_classes=splits.num_classes,
         split_sizes={split: len(getattr(splits, split)) for split in ("train", "val", "test")},
         total_steps=total_steps,
         fingerprint=splits.fingerprint() if config.task == "fit" else None,
+        about=About.of_run(config, splits),
     )
     monitor = ParityMonitor.of_run(
         config, criterion, splits.class_counts, total_steps, by_row=by_row(found)
     )
-    metrics_csv = MetricsCsv(directory, _names(config))
+    names = metric_names(config.parity.formulations, config.metrics.extra)
+    metrics_csv = MetricsCsv(directory, names)
     checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, metrics_csv)
     continued = checkpoints.find_state() if config.task == "fit" else None
-    board = _board(resolved, directory, continued) if config.logger.tensorboard else None
+    board = _board(resolved, directory, names, continued) if config.logger.tensorboard else None
     figures = EvaluationFigures(splits) if board else None
     own: list[Callback | None] = [figures, RunLog(directory, resolved), monitor]
     own += [checkpoints] if config.task == "fit" else []
@@ -197,14 +198,14 @@ def conclude(parts: Parts, metrics: Mapping[str, float], started: float) -> Resu
 
 def _result(parts: Parts, metrics: Mapping[str, float], started: float) -> Result:
     """Everything that a run has counted and measured, so far."""
-    config, classifier = parts.config, parts.classifier
+    classifier = parts.classifier
     progress, counts = classifier.progress, classifier.progress.counts
     began, seconds = classifier.clock.began, counts.train_seconds
     return Result(
         status="completed",
         config_hash=parts.resolved.hash,
-        loss={"name": classifier.criterion.name, "options": classifier.criterion.options},
-        metrics={name: metrics[name] for name in _names(config) if name in metrics},
+        loss=classifier.run_loss,
+        metrics={name: metrics[name] for name in parts.metrics_csv.columns if name in metrics},
         parity=parts.monitor.summary() if parts.monitor else {},
         samples={"train_seen": counts.train_seen, **progress.samples},
         steps={
@@ -280,20 +281,20 @@ def _network(
     model = networks.lay_out(config.model, model, data.memory_format)
     if criterion.signature.wants_features:
         networks.expose_head(config.model.name, model, num_classes, compiled=config.model.compile)
-    return model, found
+    # Lightning would convert after it has loaded a checkpoint, and round float64 on the way.
+    dtype = networks.parameter_dtype(config.trainer.precision)
+    criterion.to(dtype)
+    return model.to(dtype), found
 
 
-def _board(resolved: ResolvedConfig, directory: Path, continued: int | None) -> RunTensorBoard:
+def _board(
+    resolved: ResolvedConfig, directory: Path, names: list[str], continued: int | None
+) -> RunTensorBoard:
     return RunTensorBoard(
         directory,
         config=resolved.plain,
         config_text=resolved.text,
-        metrics=_names(resolved.config),
+        metrics=names,
         formulations=resolved.config.parity.formulations,
         first_step=continued,
     )
-
-
-def _names(config: Config) -> list[str]:
-    """Every metric that the run logs."""
-    return metric_names(config.parity.formulations, config.metrics.extra)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from equiloss.cli import catalogue
+from equiloss.cli import catalogue, prediction
 from equiloss.errors import LossError, UserError, printable, unknown
 from equiloss.imports import foreign_code
 from equiloss.launching.composition_errors import explain
@@ -60,6 +60,8 @@ verify = typer.Typer(
     "promises (`verify invariance`).",
 )
 app.add_typer(verify, name="verify")
+app.command()(prediction.predict)
+app.command()(prediction.show)
 
 
 def _show_versions(asked: bool) -> None:

@@ -13,6 +13,7 @@ from equiloss.config import DataConfig
 from equiloss.data import mixing, position
 from equiloss.data.augment import TransformedSource, augment, build_transform
 from equiloss.data.loader import SplitLoader
+from equiloss.data.normalisation import normalise, pixel_statistics, wide
 from equiloss.data.sampler import GlobalBatchSampler, Slice
 from equiloss.data.sources import Batch, FileSource, Source
 from equiloss.data.splits import SPLITS, Splits
@@ -76,8 +77,7 @@ class ImageDataModule(lightning.LightningDataModule):
         """Some normalised training images [rows, C, H, W] float32, without augmentation."""
         indices = torch.arange(rows) % len(self._train_source)
         images = self._train_source.read(Slice(epoch=0, indices=indices))
-        mean, std = self._pixel_statistics(images.device, torch.float32)
-        return images.float().sub_(mean).div_(std)
+        return normalise(images, *self._pixel_statistics(images.device, torch.float32))
 
     def train_dataloader(self) -> SplitLoader:
         """Batches of the training split in the epoch's order, from where the run stopped."""
@@ -106,10 +106,7 @@ class ImageDataModule(lightning.LightningDataModule):
             images = augment(images, batch.index, batch.epoch, self.seed, self.config.augment)
         dtype = self._trainer.lightning_module.dtype
         assert isinstance(dtype, torch.dtype)
-        # Half precision cannot tell all 256 values apart after the subtraction.
-        wide = torch.promote_types(dtype, torch.float32)
-        mean, std = self._pixel_statistics(images.device, wide)
-        images = images.to(wide).sub_(mean).div_(std)
+        images = normalise(images, *self._pixel_statistics(images.device, wide(dtype)))
         if self._trainer.training:
             batch, images = self._mixed(batch, images)
         return batch._replace(images=images.to(dtype, memory_format=self.memory_format))
@@ -189,9 +186,6 @@ class ImageDataModule(lightning.LightningDataModule):
     def _pixel_statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of pixel values in [0, 255], [C, 1, 1] each."""
         if (device, dtype) not in self._statistics:
-            mean, std = (
-                255 * torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
-                for values in (self.splits.mean, self.splits.std)
-            )
-            self._statistics[device, dtype] = mean, std
+            statistics = pixel_statistics(self.splits.mean, self.splits.std, device, dtype)
+            self._statistics[device, dtype] = statistics
         return self._statistics[device, dtype]

@@ -40,7 +40,7 @@ def image_folder(config: DataConfig, *, channels: int = 3) -> Splits:
     root = Path(config.root)
     places, unused = _places(root)
     listed = {
-        split: {each: sorted(_files(each), key=_parts) for each in _directories(place)}
+        split: {each: sorted(files_below(each), key=_parts) for each in _directories(place)}
         for split, place in places.items()
     }
     class_names = [directory.name for directory in listed["train"]]
@@ -124,7 +124,7 @@ def _below(directory: Path) -> list[Path]:
     )
 
 
-def _files(directory: Path, seen: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+def files_below(directory: Path, seen: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     """Regular files at any depth, also behind links; opening a pipe would never end."""
     status = directory.stat()
     place = (status.st_dev, status.st_ino)
@@ -137,7 +137,7 @@ def _files(directory: Path, seen: frozenset[tuple[int, int]] = frozenset()) -> I
             path = directory / entry.name
             # What scandir has found out of most entries spares a look at each file.
             if entry.is_dir():
-                yield from _files(path, seen | {place})
+                yield from files_below(path, seen | {place})
             elif entry.is_file(follow_symlinks=False) or path.is_file():
                 yield path
             elif not path.exists():

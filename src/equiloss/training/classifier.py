@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Logits, Outputs, Projection
 from equiloss.models.dropout import RowKeys
 from equiloss.training import bitwise, optim
+from equiloss.training.about import About
 from equiloss.training.metrics import Evaluated, EvaluationMetric
 from equiloss.training.state import Clock, Progress, RunState
 from equiloss.training.step import GlobalStep, MicroBatches, StepOutcome, settle_buckets
@@ -40,6 +42,7 @@ class Classifier(LightningModule):
         split_sizes: Samples of the `train`, `val` and `test` split.
         total_steps: Optimizer steps of a run that goes to its end.
         fingerprint: `Splits.fingerprint`, for checkpoints (None: they say nothing of the data).
+        about: What checkpoints say of what they are for (None: nothing).
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Classifier(LightningModule):
         split_sizes: dict[str, int],
         total_steps: int,
         fingerprint: dict[str, str] | None = None,
+        about: About | None = None,
     ) -> None:
         super().__init__()
         # Gradients are summed over micro-batches and ranks by `GlobalStep`, not by Lightning.
@@ -64,6 +68,7 @@ class Classifier(LightningModule):
         self.split_sizes = split_sizes
         self.total_steps = total_steps
         self.fingerprint = fingerprint or {}
+        self.about = {} if about is None else asdict(about)
         self.evaluation = EvaluationMetric(
             num_classes, criterion.ignore_index, config.metrics.extra
         )
@@ -91,6 +96,11 @@ class Classifier(LightningModule):
         features: Any = self.model.forward_features
         head: Any = self.model.head
         return Projection(features(images), head.weight, head.bias)
+
+    @property
+    def run_loss(self) -> dict[str, Any]:
+        """Name and options of the loss, as plain data."""
+        return {"name": self.criterion.name, "options": self.criterion.options}
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -220,10 +230,11 @@ class Classifier(LightningModule):
         return RunState(
             num_classes=self.evaluation.num_classes,
             split_sizes=self.split_sizes,
-            loss={"name": self.criterion.name, "options": self.criterion.options},
+            loss=self.run_loss,
             progress=self.progress,
             rng=collectives.gather_objects(randomness.state(self.device)),
             fingerprint=self.fingerprint,
+            about=self.about,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -87,6 +87,8 @@ class RunState:
     """State of the random generators of each rank."""
     fingerprint: dict[str, str] = field(default_factory=dict)
     """`Splits.fingerprint`; empty in checkpoints of versions that had none."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """`About`, as plain data; empty likewise."""
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put it into a checkpoint."""

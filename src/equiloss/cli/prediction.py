@@ -1,0 +1,128 @@
+"""`equiloss predict` and `equiloss show`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from equiloss.errors import ConfigError, printable
+from equiloss.launching.console import plain
+from equiloss.records.atomic import write_atomically
+
+Trained = Annotated[
+    str, typer.Argument(metavar="RUN|CKPT", help="The directory of a run, or a checkpoint.")
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="package.module:function of a network of your own (model=custom): code that a "
+        "checkpoint names is run only where it is named here too."
+    ),
+]
+
+
+def predict(
+    trained: Trained,
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH…", help="Images, folders, or - for a list on standard input."),
+    ],
+    top: Annotated[int, typer.Option(help="Most probable classes to show.", min=1)] = 1,
+    output: Annotated[
+        str | None, typer.Option(help="Write a .csv or .json file instead of a table.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Resize pictures where training did not.")
+    ] = False,
+    target: Target = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+) -> None:
+    """Say of new pictures what a trained run makes of them.
+
+    Pictures are read and normalised as in training. Those that cannot be read are named and left
+    out, and the exit code is then 1.
+    """
+    from equiloss.prediction import files, model  # torch takes seconds
+
+    if output is not None:
+        files.written([], Path(output))  # before the work
+    sys.path.insert(0, str(Path.cwd()))  # where --target may lie
+    network = model.load(trained, target=target, device=device)
+    found, passed_over = files.listed(paths, lines=files.standard_input())
+    if not found:
+        raise ConfigError(f"{', '.join(paths)}: no image to predict")
+    if passed_over:
+        print(f"{passed_over} files are no images, and are passed over", file=sys.stderr)
+    top = min(top, len(network.classes))
+    rows = [*files.predict(network, found, top=top, batch_size=batch_size, resizes=resize)]
+    if output is None:
+        Console().print(_table(rows, top))
+    else:
+        write_atomically(Path(output), files.written(rows, Path(output)))
+        print(f"{sum(row.error is None for row in rows)} predictions in {output}")
+    broken = [row.error for row in rows if row.error is not None]
+    for error in broken:
+        print(f"error: {printable(error)}", file=sys.stderr)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _table(rows: list[Any], top: int) -> Table:
+    table = Table(box=box.SIMPLE)
+    table.add_column("path", overflow="fold")
+    for number in range(1, top + 1):
+        table.add_column("class" if number == 1 else f"class {number}")
+        table.add_column("probability", justify="right")
+    for row in (row for row in rows if row.error is None):
+        cells = [text for name, value in row.top for text in (plain(name), f"{value:.4f}")]
+        table.add_row(plain(str(row.file)), *cells)
+    return table
+
+
+def show(
+    trained: Trained,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Say what a checkpoint is: network, classes, how pictures are read, loss, metrics."""
+    from dataclasses import asdict
+
+    from equiloss.prediction.model import checkpoint_of
+    from equiloss.training.about import About
+    from equiloss.training.checkpoint_file import AtomicCheckpointIO
+    from equiloss.training.state import RunState
+
+    path = checkpoint_of(Path(trained))
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    state = RunState.load(loaded, path)
+    about = asdict(About.read(state.about, path))
+    said = {
+        "checkpoint": str(path),
+        **about,
+        "loss": state.loss,
+        "metrics": state.progress.of_split("val") | state.progress.of_split("test"),
+        "steps": loaded.get("global_step"),
+        "split_sizes": state.split_sizes,
+    }
+    if as_json:
+        print(json.dumps(said, indent=2, default=str))
+        return
+    table = Table(box=None, show_header=False)
+    for key, value in said.items():
+        table.add_row(key, plain(_text(value)))
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -1,0 +1,81 @@
+"""What the weights of a checkpoint are for, so that it can be used without its run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from equiloss.config import Config
+from equiloss.data.splits import Splits
+from equiloss.errors import CheckpointError
+from equiloss.models.build import memory_order
+from equiloss.records.reading import build
+
+
+@dataclass(frozen=True)
+class About:
+    """The network, and how files become what it is given; plain data."""
+
+    model: dict[str, Any]
+    """`name`, `target` and `options`, as the configuration has them."""
+    class_names: list[str]
+    """In the order of the logits."""
+    image_shape: list[int]
+    """[C, H, W]."""
+    image_size: int | None
+    """To which pictures are resized; None: they have that size already."""
+    mean: list[float]
+    """Per channel, of pixel values in [0, 1]."""
+    std: list[float]
+    """Likewise."""
+    range: list[float] | None
+    """Values of black and white in files of more than 8 bits."""
+    background: str
+    """Colour that transparent pictures are composed on."""
+    data: str
+    """Name of the data set."""
+    precision: str
+    """As `trainer.precision`."""
+    channels_last: bool
+    """Whether images and weights are in NHWC order."""
+    versions: dict[str, str]
+    """Of the packages that trained it."""
+
+    @classmethod
+    def of_run(cls, config: Config, splits: Splits) -> About:
+        """What a run's checkpoints say."""
+        model = asdict(config.model)
+        return cls(
+            model={key: model[key] for key in ("name", "target", "options")},
+            class_names=list(splits.class_names),
+            image_shape=list(splits.image_shape),
+            image_size=config.data.image_size,
+            mean=list(splits.mean),
+            std=list(splits.std),
+            range=config.data.range,
+            background=config.data.background,
+            data=config.data.name,
+            precision=config.trainer.precision,
+            channels_last=memory_order(config) == torch.channels_last,
+            versions={name: version(name) for name in ("equiloss", "torch", "torchvision")},
+        )
+
+    @classmethod
+    def read(cls, saved: dict[str, Any], path: object) -> About:
+        """From a checkpoint.
+
+        Raises:
+            CheckpointError: for one of a version that did not say it, or of another form.
+        """
+        if not saved:
+            raise CheckpointError(
+                f"{path} was written by a version of equiloss that did not say what its weights "
+                "are for: evaluate it by task=test run=DIR"
+            )
+        try:
+            return build(cls, saved)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is of another version of equiloss") from error
