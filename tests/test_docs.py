@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support import ROOT
+from support import ROOT, slow
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -38,9 +38,14 @@ def test_the_make_targets_are_there() -> None:
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in MAKE])
-def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=slow)])
+def test_a_command_of_the_readme_runs(command: str, whole: bool, tmp_path: Path) -> None:
+    """As it stands, and for a single epoch."""
     program, script, *arguments = shlex.split(command)
     assert program == "python"
+    if not whole:
+        arguments = [each for each in arguments if not each.startswith("trainer.max_epochs")]
+        arguments.append("trainer.max_epochs=1")
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *arguments],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""The built wheel is whole: `train.py` and `conf/` run on it, away from the source tree."""
+"""The built wheel is whole: a new project trains on it and predicts, away from the source tree."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 from equiloss.records.results import Result
 from support import ROOT
 
 
-def test_train_runs_on_the_built_wheel(tmp_path: Path) -> None:
+def test_a_new_project_runs_on_the_built_wheel(tmp_path: Path) -> None:
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=ignored)
@@ -27,30 +28,34 @@ def test_train_runs_on_the_built_wheel(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("equiloss-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
-    away = tmp_path / "away"
-    shutil.copytree(ROOT / "conf", away / "conf")
-    shutil.copy(ROOT / "train.py", away)
-    done = subprocess.run(
-        [sys.executable, "train.py", "debug=fast", "trainer.devices=2", "hydra.run.dir=run"],
-        cwd=away,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert Result.read(away / "run").world_size == 2
-    # It was the wheel that ran, not this source tree.
-    where = subprocess.run(
-        [sys.executable, "-c", "import equiloss; print(equiloss.__file__)"],
-        cwd=away,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert where.stdout.startswith(str(tmp_path / "site"))
+
+    def called(*words: str, cwd: Path = tmp_path / "demo") -> str:
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # It is the wheel that runs, not this source tree.
+    where = called("-c", "import equiloss; print(equiloss.__file__)", cwd=tmp_path)
+    assert where.startswith(str(tmp_path / "site"))
+    written = called("-m", "equiloss", "new", "demo", cwd=tmp_path).splitlines()
+    assert written[-1] == "next: cd demo && equiloss train experiment=small"
+    code = [file for file in (tmp_path / "demo").rglob("*") if file.suffix in (".py", ".yaml")]
+    assert sum(len(file.read_text().splitlines()) for file in code) < 100
+    words = ("experiment=small", "trainer.devices=2", "trainer.max_epochs=1")
+    called("train.py", *words, "callbacks=quiet", "hydra.run.dir=run")
+    result = Result.read(tmp_path / "demo" / "run")
+    assert (result.status, result.world_size, result.loss["name"]) == ("completed", 2, "custom")
+    Image.new("L", (8, 8)).save(tmp_path / "demo" / "black.png")
+    own = ("--target", "my_network:Small")
+    assert "black.png" in called("-m", "equiloss", "predict", "run", "black.png", *own)
 
 
 def requirements_of(name: str, extras: set[str]) -> list[Requirement]:

@@ -42,7 +42,8 @@ def test_the_default_run_reads_the_digits(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
 )
-@pytest.mark.parametrize("widths", ["[16,32]", pytest.param("[32,64]", marks=slow)])
+@slow
+@pytest.mark.parametrize("widths", ["[16,32]", "[32,64]"])
 def test_an_epoch_of_the_real_fashion_mnist(widths: str, tmp_path: Path) -> None:
     config = composed(
         "data=fashion_mnist",
@@ -101,7 +102,7 @@ def test_metrics_csv_has_every_step(run_here: Run, tmp_path: Path) -> None:
         assert read_metrics(tmp_path / "run", name), f"{name} was never logged"
 
 
-@pytest.mark.parametrize("epochs", [5, pytest.param(15, marks=slow)])
+@pytest.mark.parametrize("epochs", [2, pytest.param(15, marks=slow)])
 def test_fused_and_log_softmax_train_to_the_same_bits(epochs: int, tmp_path: Path) -> None:
     """They are the same ATen calls, so float32 on one process cannot tell them apart."""
     weights = {}

@@ -325,7 +325,7 @@ AT_ONCE = {
 }
 
 
-@pytest.mark.parametrize("launcher", AT_ONCE)
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit", marks=slow)])
 def test_launchers_that_run_jobs_at_once(launcher: str, train: Train, tmp_path: Path) -> None:
     directory = tmp_path / "sweep"
     options = [*AT_ONCE[launcher], f"hydra.sweep.dir={directory}"]
@@ -365,6 +365,7 @@ def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@slow  # of a single run: tests/faults
 def test_torchrun_runs_a_sweep(tmp_path: Path) -> None:
     done = torchrun("-m", *TWO_BY_TWO, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -433,6 +434,7 @@ def test_an_allocation_of_slurm_alone_is_no_launcher(monkeypatch: pytest.MonkeyP
     assert membership.external.__wrapped__() is None
 
 
+@slow
 def test_a_search_without_a_seed_gives_ranks_one_configuration(
     train: Train, tmp_path: Path
 ) -> None:
@@ -498,11 +500,8 @@ def wait_for_rows(sweep_dir: Path, rows: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [(14,), pytest.param((5, 9, 15), marks=slow)],
-    ids=["in the second job", "three times"],
-)
+@slow  # `make faults` kills sweeps too
+@pytest.mark.parametrize("kills", [(14,), (5, 9, 15)], ids=["in the second job", "three times"])
 def test_a_sweep_that_is_killed_goes_on(kills: tuple[int, ...], tmp_path: Path) -> None:
     """Killed after so many rows of metrics, in whatever it does then."""
     for rows in kills:
@@ -532,6 +531,7 @@ def test_a_sweep_that_is_killed_goes_on(kills: tuple[int, ...], tmp_path: Path) 
         assert result.metrics == uninterrupted.metrics
 
 
+@slow  # of a single run: tests/launching/test_resume.py
 def test_a_second_process_on_a_sweep_is_refused_or_waits(tmp_path: Path) -> None:
     # Long enough for the others to come while it is at work.
     first = started(tmp_path / "sweep", "trainer.max_steps=30")

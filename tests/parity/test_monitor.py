@@ -244,7 +244,7 @@ def test_a_run_finds_faults_at_its_first_and_at_its_last_step(run_here: Run, tmp
         assert ratios[-1] > 100
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=slow), 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=slow)])
 def test_a_run_that_strict_parity_stops_leaves_its_verdict(
     devices: int, install: Install, train: Train, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from equiloss.config import Config
+from equiloss.config import Config, ParityConfig
 from equiloss.errors import ConfigError
 from equiloss.losses import Criterion
 from equiloss.parity.monitor import ParityMonitor
@@ -25,7 +25,7 @@ def test_an_unknown_formulation_is_refused_with_those_that_can_be_compared(name:
     assert len(offered) > 8
     criterion = Criterion("cross_entropy")
     for each in offered:
-        one = config(f"parity.formulations=[{each}]").parity
+        one = ParityConfig(formulations=[each])
         made = ParityMonitor(one, criterion, total_steps=1, seed=0, class_counts=[9] * 10)
         assert [*made.formulations] == [each]
 

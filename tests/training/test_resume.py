@@ -407,7 +407,7 @@ def killed(directory: Path, devices: int, victim: str) -> None:
     [
         pytest.param(1, "train.py", 1, marks=slow),
         pytest.param(2, "train.py", 2, marks=slow),
-        (2, "a rank", 1),
+        pytest.param(2, "a rank", 1, marks=slow),  # `make faults` does so by the dozen
     ],
 )
 def test_the_same_command_continues_what_was_killed(

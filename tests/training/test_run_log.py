@@ -14,7 +14,7 @@ from equiloss.launching import console
 from equiloss.records.results import Result
 from equiloss.records.run_dir import TRAIN_LOG
 from equiloss.records.train_log import note
-from support import PYTHONPATH, ROOT, Run, Train
+from support import PYTHONPATH, ROOT, Run, Train, slow
 
 
 def test_the_log_has_beginning_epochs_and_end(train: Train, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_top5_of_five_classes_says_nothing(
     assert ("acc_top5" in capsys.readouterr().out) == shown
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [80, pytest.param(120, marks=slow)])
 def test_a_terminal_has_a_bar_of_the_whole_run(columns: int, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, str(ROOT / "train.py"), "debug=fast", "trainer.max_epochs=2"]

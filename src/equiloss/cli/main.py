@@ -64,6 +64,32 @@ app.command()(prediction.predict)
 app.command()(prediction.show)
 
 
+@app.command(
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "help_option_names": [],
+    }
+)
+def train(context: typer.Context) -> None:
+    """Train and evaluate, as `python train.py` does: `equiloss train --help` lists the keys."""
+    from equiloss.launching import project
+
+    project.train(context.args)
+
+
+@app.command()
+def new(
+    directory: Annotated[Path, typer.Argument(help="A directory that is new or empty.")],
+) -> None:
+    """Copy a small project: a loss, a network, an experiment and a test of one's own."""
+    from equiloss.launching import project
+
+    for file in project.new(directory):
+        print(plain(str(file)))
+    print(plain(f"next: cd {directory} && equiloss train experiment=small"))
+
+
 def _show_versions(asked: bool) -> None:
     if asked:
         packages = ("equiloss", "torch", "lightning", "hydra-core")

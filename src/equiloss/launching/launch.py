@@ -193,7 +193,11 @@ def _run(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
         if not is_completed(run_dir):
             raise UserError("every rank ended without an error, and without the run's results")
         return
+    in_this_process(resolved, run_dir, run)
 
+
+def in_this_process(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
+    """Call a run, with its number of threads; an end of the process is an error of the run."""
     import torch
 
     threads = torch.get_num_threads()

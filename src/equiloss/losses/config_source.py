@@ -20,6 +20,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, OmegaConf
 
 from equiloss.config import open_dict
+from equiloss.config.shipped import CONF
 from equiloss.errors import LossError
 from equiloss.losses import registry
 from equiloss.losses.registry import CUSTOM
@@ -108,6 +109,11 @@ class LossSearchPath(SearchPathPlugin):
                         f"a name of its own, with `defaults: [{name}, _self_]` inside"
                     )
         search_path.append(provider="equiloss", path=f"{SCHEME}://")
+        # Behind the files of a project on the installed package, which hide those of their names.
+        shipped = CONF.resolve()
+        primary = [urlparse(element.path).path for element in search_path.get_path()]
+        if not any(path and Path(path).resolve() == shipped for path in primary):
+            search_path.append(provider="equiloss", path=f"file://{CONF}")
 
 
 def _choices() -> list[str]:

@@ -106,6 +106,20 @@ def read_metrics(directory: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
+def read_columns(directory: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of every metric of a run that was logged, in the order of the steps."""
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    with (directory / METRICS).open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            for name, value in row.items():
+                if value:
+                    steps, values = columns.setdefault(name, ([], []))
+                    steps.append(step)
+                    values.append(float(value))
+    return columns
+
+
 @dataclass
 class Result:
     """A run in numbers, as `results.json` holds it."""

@@ -1,0 +1,23 @@
+"""The loss obeys the laws of a loss, and the experiment learns: `pytest`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from my_loss import squared_hinge
+
+from equiloss import load
+from equiloss.testing import assert_loss_conforms
+
+HERE = Path(__file__).parent
+
+
+def test_the_loss_conforms():
+    assert_loss_conforms(squared_hinge)
+
+
+def test_the_experiment_learns(tmp_path):
+    words = ["experiment=small", "callbacks=quiet", f"hydra.run.dir={tmp_path}/run"]
+    subprocess.run([sys.executable, "train.py", *words], cwd=HERE, check=True)
+    model = load(tmp_path / "run", target="my_network:Small")
+    assert model.state.progress.scalars["val/acc"] > 0.8

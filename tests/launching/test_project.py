@@ -1,0 +1,50 @@
+"""A project of one's own on the installed package: its files come before the shipped ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from typer.testing import CliRunner
+
+from equiloss.cli.main import app
+from equiloss.config import resolved
+from equiloss.config.shipped import CONF, PROJECT
+from equiloss.launching.project import new
+from equiloss.losses import config_source
+
+
+def test_files_of_a_project_hide_the_shipped_ones(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mlp.yaml").write_text("name: mlp\noptions: {widths: [3]}\n")
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("name: convnet\n")
+    resolved.register_schema()
+    config_source.install()
+    with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
+        assert compose("config", ["model=mlp"]).model.options.widths == [3]
+        assert compose("config", ["model=mine"]).model.name == "convnet"
+        assert compose("config", ["optimizer=adamw"]).optimizer.name == "AdamW"  # shipped
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        assert compose("config", ["model=mlp"]).model.options.widths == [128, 128]
+
+
+def test_a_new_project_is_a_copy(tmp_path: Path) -> None:
+    files = new(tmp_path / "demo")
+    names = {str(file.relative_to(tmp_path / "demo")) for file in files}
+    assert {"train.py", "my_loss.py", "my_network.py", "conf/experiment/small.yaml"} <= names
+    for file in files:
+        assert file.read_text() == (PROJECT / file.relative_to(tmp_path / "demo")).read_text()
+
+
+@pytest.mark.parametrize("there", ["file", "directory"])
+def test_what_is_there_is_left_alone(tmp_path: Path, there: str) -> None:
+    place = tmp_path / "demo"
+    if there == "directory":
+        place.mkdir()
+        (place / "mine.txt").write_text("mine")
+    else:
+        place.write_text("mine")
+    done = CliRunner().invoke(app, ["new", str(place)])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == f"error: {place} is there already: name a new or an empty directory\n"
