@@ -69,6 +69,11 @@ def test_a_wrong_word_is_named(word: str, line: str) -> None:
     assert line in str(caught.value)
 
 
+def test_a_users_own_directory_is_found() -> None:
+    words = ("data=image_folder", "data.root='~/pictures'")
+    assert compose(*words).config.data.root == str(Path("~/pictures").expanduser())
+
+
 def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     fit(compose(*FAST), tmp_path / "run")
     with pytest.raises(UserError, match="already holds a completed run of another configuration"):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from equiloss.cli.main import app
 from equiloss.run import run
-from support import composed, slow
+from support import composed, slow, wrong_with
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,8 @@ def test_a_huge_header_is_one_line(place: Path, tmp_path: Path) -> None:
     ("words", "line"),
     [
         (["no/such/run", "x.png"], "no checkpoint at no/such/run"),
+        (["{run}", "{new}", "--device", "abacus"], "device=abacus cannot be had: "),
+        (["{run}", "{new}", "--output", "no/such/dir/x.csv"], "no/such/dir/x.csv"),
         (["{run}", "no/such.png"], "no file or folder at no/such.png"),
         (["{run}", "{empty}"], "{empty}: no image to predict"),
         (
@@ -122,7 +124,11 @@ def test_a_huge_header_is_one_line(place: Path, tmp_path: Path) -> None:
 def test_wrong_words_are_one_line(place: Path, tmp_path: Path, words: list[str], line: str) -> None:
     paths = {"run": place / "run", "new": place / "new", "empty": tmp_path}
     code, output, errors = called("predict", *(word.format(**paths) for word in words))
-    assert (code, output, errors) == (1, "", f"error: {line.format(**paths)}\n")
+    assert (code, output) == (1, "")
+    (said,) = errors.splitlines()
+    assert said.startswith("error: ")
+    assert line.format(**paths) in said
+    assert wrong_with(said) is None
 
 
 def test_pictures_of_another_size_are_resized_for_those_who_ask(

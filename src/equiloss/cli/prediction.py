@@ -54,7 +54,8 @@ def predict(
 
     if output is not None:
         files.written([], Path(output))  # before the work
-    sys.path.insert(0, str(Path.cwd()))  # where --target may lie
+    if target is not None:
+        sys.path.insert(0, str(Path.cwd()))  # where it may lie
     network = model.load(trained, target=target, device=device)
     found, passed_over = files.listed(paths, lines=files.standard_input())
     if not found:

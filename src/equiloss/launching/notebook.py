@@ -23,6 +23,7 @@ from equiloss.launching.composition_errors import check_words, explain
 from equiloss.launching.launch import in_this_process
 from equiloss.launching.project import RUN
 from equiloss.launching.resume import claim
+from equiloss.launching.stored_run import user_paths
 from equiloss.losses import config_source
 from equiloss.records.results import Result, read_columns
 
@@ -73,6 +74,7 @@ def compose(*overrides: str) -> ResolvedConfig:
             composed = hydra_compose("config", overrides=list(overrides))
     except HydraException as error:
         raise ConfigError(explain(error)) from error
+    user_paths(composed)
     return resolve(composed)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_original_cwd, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +30,8 @@ def user_paths(composed: DictConfig) -> None:
         path = OmegaConf.select(composed, key, throw_on_missing=False)
         if isinstance(path, str):
             path = os.path.expanduser(path)  # noqa: PTH111  # which would write it anew
-            moved = Path.cwd() != Path(get_original_cwd())
+            # From Python no application of Hydra's has moved.
+            moved = HydraConfig.initialized() and Path.cwd() != Path(get_original_cwd())
             OmegaConf.update(composed, key, to_absolute_path(path) if moved else path)
 
 

@@ -17,7 +17,7 @@ from equiloss.config.resolved import from_stored
 from equiloss.data.decoding import Decoder
 from equiloss.data.normalisation import normalise, pixel_statistics, wide
 from equiloss.data.sources import check_images, resize
-from equiloss.errors import CheckpointError, DataError, RecordError
+from equiloss.errors import CheckpointError, ConfigError, DataError, RecordError, first_line
 from equiloss.models.build import build_network, lay_out, parameter_dtype
 from equiloss.models.dropout import RowKeys
 from equiloss.records.reading import read_yaml
@@ -71,6 +71,7 @@ class TrainedModel:
         CheckpointError: if the file is missing or damaged, none of ours, or names code that
             `target` does not.
         ModelError: if the network cannot be built.
+        ConfigError: for a device that is not there.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class TrainedModel:
         self.classes = tuple(self.about.class_names)
         channels, height, width = self.about.image_shape
         self.image_shape = (channels, height, width)
-        self.device = torch.device(device)
+        self.device = _device(device)
         named = self.about.model.get("target")
         if named != target:
             name = f"names the code {named}" if named else "is of a network of its own"
@@ -226,6 +227,20 @@ def checkpoint_of(path: Path) -> Path:
         if place.is_file():
             return place
     raise CheckpointError(f"{path} holds no checkpoint: it has neither {BEST} nor {LAST}")
+
+
+def _device(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ConfigError: for another one.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name} cannot be had: {first_line(error)}") from error
+    return device
 
 
 def _load(network: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
