@@ -62,6 +62,7 @@ verify = typer.Typer(
 app.add_typer(verify, name="verify")
 app.command()(prediction.predict)
 app.command()(prediction.show)
+app.command()(prediction.export)
 
 
 @app.command(

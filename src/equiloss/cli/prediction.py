@@ -1,4 +1,4 @@
-"""`equiloss predict` and `equiloss show`."""
+"""`equiloss predict`, `equiloss export` and `equiloss show`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from equiloss.errors import ConfigError, printable
 from equiloss.launching.console import plain
 from equiloss.records.atomic import write_atomically
+from equiloss.records.writing import writing
 
 Trained = Annotated[
     str, typer.Argument(metavar="RUN|CKPT", help="The directory of a run, or a checkpoint.")
@@ -119,6 +120,47 @@ def show(
     for key, value in said.items():
         table.add_row(key, plain(_text(value)))
     Console().print(table)
+
+
+def export(
+    trained: Trained,
+    kind: Annotated[str, typer.Option("--format", help="onnx | torch-export.")] = "onnx",
+    output: Annotated[
+        str | None, typer.Option(help="The file to write (default: model.onnx or model.pt2).")
+    ] = None,
+    target: Target = None,
+) -> None:
+    """Write a trained network to a file, and certify on the test split that it is that network.
+
+    The file takes uint8 images [N, C, H, W] and gives probabilities and logits. certificate.json
+    lies beside it; a file that is another function ends in .rejected, and the exit code is 1.
+    """
+    from equiloss.prediction import certificate, model  # torch takes seconds
+    from equiloss.prediction import export as exporting
+
+    if target is not None:
+        sys.path.insert(0, str(Path.cwd()))  # where it may lie
+    network = model.load(trained, target=target)
+    exporting.check_export(network, kind)
+    ending = exporting.FORMATS[kind]
+    place = Path(output or f"model{ending}")
+    if place.suffix != ending:
+        raise ConfigError(f"--output={output} is a file of --format={kind}: it ends in {ending}")
+    images, truth = certificate.test_split(network.path)
+    untried = place.with_name(f".untried-{place.name}")
+    try:
+        with writing(place):
+            exporting.export(network, kind, untried)
+        found = certificate.certify(network, kind, untried, images, truth)
+        kept = place if found.holds else place.with_name(f"{place.name}.rejected")
+        untried.replace(kept)
+    finally:
+        untried.unlink(missing_ok=True)
+    text = json.dumps(found.as_dict(), indent=1) + "\n"
+    write_atomically(place.with_name("certificate.json"), text)
+    print(plain(f"{kept}: {found.describe()}"))
+    if not found.holds:
+        raise typer.Exit(1)
 
 
 def _text(value: Any) -> str:

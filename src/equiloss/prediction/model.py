@@ -102,7 +102,8 @@ class TrainedModel:
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.network = lay_out(config, network, self.memory_format).to(self.device).eval()
         mean, std = self.about.mean, self.about.std
-        self._statistics = pixel_statistics(mean, std, self.device, wide(self.dtype))
+        self.statistics = pixel_statistics(mean, std, self.device, wide(self.dtype))
+        """Mean and standard deviation of pixel values in [0, 255], [C, 1, 1] each."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -193,7 +194,7 @@ class TrainedModel:
 
     @torch.no_grad()
     def _logits(self, images: Tensor) -> Tensor:
-        images = normalise(images.to(self.device), *self._statistics)
+        images = normalise(images.to(self.device), *self.statistics)
         with _precision(self.about.precision, self.device):
             logits: Tensor = self.network(images.to(self.dtype, memory_format=self.memory_format))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
