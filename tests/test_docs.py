@@ -6,12 +6,11 @@ import doctest
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from support import ROOT, slow
+from support import ROOT, Train, slow
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -39,21 +38,16 @@ def test_the_make_targets_are_there() -> None:
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in MAKE])
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=slow)])
-def test_a_command_of_the_readme_runs(command: str, whole: bool, tmp_path: Path) -> None:
-    """As it stands, and for a single epoch."""
+def test_a_command_of_the_readme_runs(
+    command: str, whole: bool, train: Train, tmp_path: Path
+) -> None:
+    """As it stands in a process of its own, and for a single epoch."""
     program, script, *arguments = shlex.split(command)
-    assert program == "python"
+    assert (program, script) == ("python", "train.py")
     if not whole:
         arguments = [each for each in arguments if not each.startswith("trainer.max_epochs")]
         arguments.append("trainer.max_epochs=1")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = train(*arguments, timeout=300, anew=whole)
     assert done.returncode == 0, done.stderr
     assert "match at" in done.stdout
 

@@ -120,6 +120,7 @@ def test_fused_and_log_softmax_train_to_the_same_bits(epochs: int, tmp_path: Pat
     )
 
 
+@slow
 def test_all_three_end_alike_in_float64(run_here: Run, tmp_path: Path) -> None:
     results = [
         run_here(

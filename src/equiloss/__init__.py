@@ -1,8 +1,13 @@
 """Image classification in which the loss is a plugin and "it is the same number" is a guarantee.
 
+>>> import tempfile, torch
 >>> from equiloss import compose, fit, load
->>> done = fit(compose("loss=focal", "trainer.max_epochs=5"))  # doctest: +SKIP
->>> load(done).predict(["a.png", "b.png"]).labels  # doctest: +SKIP
+>>> done = fit(compose("debug=fast", "callbacks=quiet", "logger=csv"), tempfile.mkdtemp() + "/run")
+>>> done.result.status, sorted(done.metrics)[:2]
+('completed', ['parity/cross_entropy/grad_error', 'parity/cross_entropy/loss_error'])
+>>> model = load(done)  # and model.predict(["one.png", "two.jpg"]).labels
+>>> model.predict(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)).probabilities.shape
+torch.Size([3, 10])
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from equiloss.records.run_dir import METRICS
 from support import slow
 
 
+@slow  # of fewer: tests/training/test_step.py
 def test_a_hundred_steps_are_those_of_one_process(tmp_path: Path) -> None:
     part = trajectories.measure(tmp_path)["trajectories"]
     assert [cell for cell in part.cells if not cell.holds] == []

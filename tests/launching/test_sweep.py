@@ -325,7 +325,8 @@ AT_ONCE = {
 }
 
 
-@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit", marks=slow)])
+@slow
+@pytest.mark.parametrize("launcher", AT_ONCE)
 def test_launchers_that_run_jobs_at_once(launcher: str, train: Train, tmp_path: Path) -> None:
     directory = tmp_path / "sweep"
     options = [*AT_ONCE[launcher], f"hydra.sweep.dir={directory}"]

@@ -91,9 +91,6 @@ def fit(config: ResolvedConfig, directory: str | os.PathLike[str] | None = None)
     Raises:
         UserError: for everything that a user can mend.
         Interrupted: if Ctrl-C or another signal asked for it, with the state on disk.
-
-    >>> done = fit(compose("debug=fast", "callbacks=quiet"))  # doctest: +SKIP
-    >>> done.metrics["test/acc"], done.curves["val/nll"]  # doctest: +SKIP
     """
     place = Path(f"runs/{config.config.task}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     place = place if directory is None else Path(directory)

@@ -171,10 +171,6 @@ class TrainedModel:
 
         Raises:
             DataError: for what cannot be read, naming the file.
-
-        >>> model = load("runs/fit/mine")  # doctest: +SKIP
-        >>> model.predict(["cat.jpg", "dog.png"]).labels  # doctest: +SKIP
-        ['cat', 'dog']
         """
         if isinstance(what, Tensor):
             return self.predictions(self.logits(what, batch_size=batch_size))
