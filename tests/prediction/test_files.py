@@ -159,12 +159,18 @@ def test_a_checkpoint_says_what_it_is(place: Path) -> None:
 
 
 @slow
-def test_the_command_itself(place: Path) -> None:
-    done = subprocess.run(
-        [Path(sys.executable).parent / "equiloss", "predict", place / "run", place / "new"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("dark") == 2
+def test_the_commands_themselves(place: Path, tmp_path: Path) -> None:
+    def called(*words: object) -> str:
+        done = subprocess.run(
+            [Path(sys.executable).parent / "equiloss", *map(str, words)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    assert called("predict", place / "run", place / "new").count("dark") == 2
+    assert "class_names    dark, light" in called("show", place / "run")
+    assert called("export", place / "run").startswith("model.onnx: certified: 12 test images")
