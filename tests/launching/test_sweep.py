@@ -215,7 +215,9 @@ class TestProgress:
         assert at_work.startswith("3 d running ")
         assert "2 left" in shown.output
 
-    def test_what_was_swept_has_columns(self, ledger: Ledger, tmp_path: Path) -> None:
+    def test_what_was_swept_has_columns(
+        self, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         swept = ["loss", "optimizer.lr"]
         ledger.begin("now", jobs=2, objective="val/nll", direction="minimize", swept=swept)
         for job, (loss, value) in enumerate((("balanced", 0.5), ("focal", 0.25))):
@@ -230,6 +232,10 @@ class TestProgress:
         assert sweep_table.line(tmp_path, "now").endswith("best val/nll 0.25 (loss=focal, lr=0.05)")
         assert "swept: loss (2 values), optimizer.lr (1 value); 2 of 2 runs completed" in shown
         assert f"test that run: python train.py task=test run={tmp_path}/dir" in shown
+        monkeypatch.chdir(tmp_path)  # where no train.py lies
+        assert (
+            sweep_table.summary(tmp_path)[-1] == "test that run: equiloss train task=test run=dir"
+        )
 
     def test_a_directory_without_a_sweep_is_refused(self, tmp_path: Path) -> None:
         shown = CliRunner().invoke(app, ["sweep", str(tmp_path)])

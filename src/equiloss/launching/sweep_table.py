@@ -85,7 +85,9 @@ def summary(sweep_dir: Path) -> list[str]:
             directory = directory.relative_to(Path.cwd())
         setting = _setting(begun, best, entries)
         lines.append(f"best run{setting}: {directory}")
-        lines.append(f"test that run: python train.py task=test run={shlex.quote(str(directory))}")
+        # On the installed package there is no such file.
+        program = "python train.py" if Path("train.py").is_file() else "equiloss train"
+        lines.append(f"test that run: {program} task=test run={shlex.quote(str(directory))}")
     return lines
 
 
