@@ -6,16 +6,18 @@ import os
 import re
 import resource
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor
 
 from equiloss.config import resolved
@@ -87,6 +89,18 @@ def no_room(size: int = 0) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_noise(
+    root: Path, names: Sequence[str] = ("cat", "dog"), *, count: int = 12, height: int = 8
+) -> None:
+    """Pictures of noise, 8 pixels wide, in a folder for each class: root/cat/00.png and so on."""
+    generator = np.random.default_rng(0)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 256, (height, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:02}.png")
 
 
 def stand_in(rank: int = 0, world_size: int = 1, *, training: bool = False) -> SimpleNamespace:

@@ -12,10 +12,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from equiloss.config import AugmentConfig, DataConfig
 from equiloss.data.datamodule import ImageDataModule
@@ -23,7 +21,7 @@ from equiloss.data.datasets import ArraySource, Source, Splits, load
 from equiloss.data.loader import WAY_OUT, SplitLoader, naming_dead_workers
 from equiloss.data.sampler import Slice
 from equiloss.errors import DataError
-from support import of_rank, stand_in
+from support import of_rank, stand_in, write_noise
 
 
 def config(**changes) -> DataConfig:
@@ -49,15 +47,6 @@ def test_ranks_together_see_what_one_rank_sees(loader, world_size):
     assert smallest == 0 or world_size < 7
 
 
-def write_folder(root: Path) -> None:
-    generator = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (root / name).mkdir()
-        for number in range(12):
-            pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-
-
 def folder(root: Path, num_workers: int) -> ImageDataModule:
     pipeline = [{"name": "RandomCrop", "size": [8, 8], "padding": 2}]
     settings = DataConfig(
@@ -73,7 +62,7 @@ def folder(root: Path, num_workers: int) -> ImageDataModule:
 
 
 def test_workers_change_no_image(tmp_path):
-    write_folder(tmp_path)
+    write_noise(tmp_path)
     expected, batches = (list(folder(tmp_path, workers).train_dataloader()) for workers in (0, 2))
     assert len(batches) == len(expected) > 1
     for batch, reference in zip(batches, expected, strict=True):
@@ -92,7 +81,7 @@ def error_of(loader: SplitLoader) -> DataError:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_unreadable_image_is_named_also_by_a_worker(tmp_path, num_workers):
-    write_folder(tmp_path)
+    write_noise(tmp_path)
     data = folder(tmp_path, num_workers)
     broken = data.splits.train.files[3]
     broken.write_bytes(b"")
@@ -147,7 +136,7 @@ def test_a_source_of_ones_own_is_named_and_its_traceback_kept(num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_transform_that_fails_is_named(tmp_path, num_workers):
-    write_folder(tmp_path)
+    write_noise(tmp_path)
     data = folder(tmp_path, num_workers)
     data._train_source.transform = lambda image: no_such_key()
     words = r"data\.augment\.transforms failed on train image \d+: 'shard' \(it is given .*\)"

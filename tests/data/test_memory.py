@@ -16,17 +16,12 @@ from equiloss.data.datasets import Splits, load
 from equiloss.data.decoding import Decoder
 from equiloss.data.sampler import Slice
 from equiloss.errors import ConfigError, DataError
-from support import of_rank
+from support import of_rank, write_noise
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    generator = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for number in range(12):
-            pixels = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    write_noise(tmp_path, height=6)
     memory.forget()
     yield tmp_path
     memory.forget()

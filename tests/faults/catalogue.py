@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from processes import children
 from support import PYTHONPATH
 
@@ -80,18 +78,6 @@ def lockf(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 fcntl.lockf = lockf
 """
-
-
-def make_images(root: Path) -> None:
-    """Two classes of 30 small images."""
-    from PIL import Image
-
-    generator = torch.Generator().manual_seed(0)
-    for name in ("cats", "dogs"):
-        (root / name).mkdir(parents=True)
-        for number in range(30):
-            pixels = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(root / name / f"{number:02}.png")
 
 
 def sends(*numbers: signal.Signals, pause: float = 0.3) -> Callable[[Process], None]:

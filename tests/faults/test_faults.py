@@ -19,9 +19,9 @@ import pytest
 
 from equiloss.invariance.interruption import bits
 from equiloss.records.results import Result
-from faults import catalogue
 from faults.catalogue import FAULTS, Fault
 from processes import start, until_it_trains
+from support import write_noise
 
 pytestmark = pytest.mark.faults
 
@@ -38,7 +38,7 @@ def ended(process: subprocess.Popen[str], seconds: float) -> str:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each kind of run: one that nothing is done to, and one that was stopped."""
     place = tmp_path_factory.mktemp("prepared")
-    catalogue.make_images(place / "images")
+    write_noise(place / "images", ("cats", "dogs"), count=30)
     return place
 
 
