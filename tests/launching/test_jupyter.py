@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ CELLS = (
 )
 
 
-def test_three_lines_in_a_notebook(tmp_path: Path) -> None:
+def test_three_lines_in_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With it the kernel would not show what other processes print.
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
     nbformat = pytest.importorskip("nbformat", reason="comes with the extra oracles")
     nbclient = pytest.importorskip("nbclient", reason="comes with the extra oracles")
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
@@ -45,8 +48,16 @@ def test_three_lines_in_a_notebook(tmp_path: Path) -> None:
         # The summary of the network is displayed, and no stream.
         streams = (output for output in cell.outputs if output.output_type == "stream")
         said.append("".join(output.text for output in streams if output.name == "stdout"))
-    assert "epoch 2/2: train/loss" in said[1]  # how far it is
+    displayed = [
+        output.data["text/plain"]
+        for output in ran[1].outputs
+        if output.output_type == "display_data"
+    ]
+    training, testing = (text for text in displayed if "left" in text)
+    assert re.match(r"epoch 2/2 ━+ 46/46 steps .* train/loss 0\.\d+  val/loss", training)
+    assert re.match(r"testing ━+ 1/1 batches", testing)
     assert said[1].endswith("accuracy True\n")
+    assert "epoch 2/2: train/loss" in said[2]  # a rank of its own prints lines
     assert said[2].endswith("ranks 2\n")
     assert said[3] == "labels 3\n"
     assert said[4] == "handlers True\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,9 @@ class Looked:
     """
 
     def __init__(self, files: Sequence[Path], root: Path, *, same_size: bool) -> None:
-        self.headers = dict(zip(files, headers.read_all(files, root), strict=True))
+        # By text: the hash of a path takes it apart first.
+        names = map(os.fspath, files)
+        self.headers = dict(zip(names, headers.read_all(files, root), strict=True))
         self.root = root
         self.same_size = same_size
         self.unread: list[Path] = []
@@ -67,7 +70,7 @@ class Looked:
         Raises:
             DataError: for a file that ends as images do and is none, or of another size.
         """
-        header = self.headers[file]
+        header = self.headers[os.fspath(file)]
         if header is None:
             if headers.is_named_as_image(file):
                 raise DataError(

@@ -40,7 +40,7 @@ def image_folder(config: DataConfig, *, channels: int = 3) -> Splits:
     root = Path(config.root)
     places, unused = _places(root)
     listed = {
-        split: {each: sorted(files_below(each), key=_parts) for each in _directories(place)}
+        split: {each: sorted(files_below(each), key=by_parts) for each in _directories(place)}
         for split, place in places.items()
     }
     class_names = [directory.name for directory in listed["train"]]
@@ -110,9 +110,9 @@ def _read(by_class: dict[Path, list[Path]], class_names: list[str], looked: Look
     return Files(paths, torch.tensor(labels))
 
 
-def _parts(path: Path) -> tuple[str, ...]:
-    """What paths are sorted by; each comparing its own parts anew takes a second for many."""
-    return path.parts
+def by_parts(path: Path) -> str:
+    """Sorts as paths do, which would take themselves apart in each comparison."""
+    return os.fspath(path).replace(os.sep, "\0")
 
 
 def _below(directory: Path) -> list[Path]:

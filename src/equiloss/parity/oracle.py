@@ -71,20 +71,20 @@ def cross_entropy(
     eps = torch.finfo(logits.dtype).eps * (2 if logits.dtype == torch.float64 else 1)
     x = logits.detach().double()  # [N, C]
     rows, classes = x.shape
-    w = x.new_ones(classes) if weight is None else weight.double()
+    w = 1.0 if weight is None else weight.double()
     if target.is_floating_point():
         t = target.double()
-        masses = x.new_ones(rows)
+        a, masses = t * w, x.new_ones(rows)
     else:
         t = (target.unsqueeze(-1) == torch.arange(classes, device=target.device)).double()
         if ignore_index is not None:
             ignored = (target == ignore_index).unsqueeze(-1)
             x, t = x.masked_fill(ignored, 0), t.masked_fill_(ignored, 0)
-        masses = (t * w).sum(-1)
+        a = t * w  # [N, C]
+        masses = a.sum(-1)
     if label_smoothing:
         counts = masses if target.is_floating_point() else t.sum(-1)  # 0 for ignored rows
-        t = (1 - label_smoothing) * t + label_smoothing * counts.unsqueeze(-1) / classes
-    a = t * w  # [N, C]
+        a = w * ((1 - label_smoothing) * t + label_smoothing * counts.unsqueeze(-1) / classes)
     q = a.sum(-1)  # [N]
 
     largest = x.amax(-1, keepdim=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from equiloss.data import headers, many_files
-from equiloss.data.folder import files_below
+from equiloss.data.folder import by_parts, files_below
 from equiloss.errors import ConfigError, DataError
 from equiloss.prediction.model import TrainedModel
 
@@ -47,7 +47,7 @@ def listed(paths: Iterable[str], *, lines: Iterable[str] = ()) -> tuple[list[Pat
             continue
         path = Path(name)
         if path.is_dir():
-            below = sorted(files_below(path), key=lambda file: file.parts)
+            below = sorted(files_below(path), key=by_parts)
             images = [file for file in below if _is_image(file)]
             passed_over += len(below) - len(images)
             files += images

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichModelSummary
 from rich import box, get_console
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +28,8 @@ SHOWN = ("train/loss", "val/loss", "val/acc")
 HEADS = ("Name", "Type", "Params")
 # Letters of the bar itself, and of all that stands before the values.
 BAR, BEFORE = 12, 66
+# Letters of a line in a notebook.
+WIDTH = 120
 # Seconds between two looks at how far the run is: each costs as much as a small network's layer.
 INTERVAL = 0.1
 
@@ -85,7 +90,10 @@ class LiveProgress(Callback):
         )
         description = "training" if unit == "steps" else "testing"
         self._bar.add_task(description, total=total, completed=done, values="")
-        self._bar.start()
+        self._start(self._bar)
+
+    def _start(self, bar: Progress) -> None:
+        bar.start()
 
     def _show(self, trainer: Trainer, classifier: Classifier) -> None:
         assert self._bar is not None
@@ -101,6 +109,36 @@ class LiveProgress(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class NotebookProgress(LiveProgress):
+    """The same bars where Jupyter displays them: an output that is written anew.
+
+    Rich's own need ipywidgets for that.
+    """
+
+    def _start(self, bar: Progress) -> None:
+        from IPython import display  # there is a kernel, and so there is this
+
+        show: Any = display.display
+        self._output = show({"text/plain": ""}, raw=True, display_id=True)
+        self._write(bar)
+
+    def _show(self, trainer: Trainer, classifier: Classifier) -> None:
+        super()._show(trainer, classifier)
+        if self._bar is not None:
+            self._write(self._bar)
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._write(self._bar)
+        self._bar = None
+
+    def _write(self, bar: Progress) -> None:
+        page = Console(file=io.StringIO(), width=WIDTH, force_jupyter=False, force_terminal=False)
+        with page.capture() as captured:
+            page.print(bar.get_renderable())
+        self._output.update({"text/plain": captured.get().rstrip()}, raw=True)
 
 
 class EpochLines(Callback):
@@ -135,6 +173,16 @@ class NetworkSummary(RichModelSummary):
         frozen = total_parameters - trainable_parameters
         kept = f", {frozen:,} of them frozen" if frozen else ""
         print(f"{total_parameters:,} parameters{kept}", flush=True)
+
+
+def fitting() -> Callback:
+    """What fits where this process prints: a bar in a notebook or on a terminal, or lines.
+
+    A bar redraws itself, which a pipe does not.
+    """
+    if get_console().is_jupyter:
+        return NotebookProgress()
+    return LiveProgress() if sys.stdout.isatty() else EpochLines()
 
 
 def epoch_of(trainer: Trainer) -> str:

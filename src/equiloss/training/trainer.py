@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -69,8 +68,6 @@ def make_trainer(
     options, group = config.trainer, membership.external()
     world_size = membership.ranks_asked_for(options) if group is None else group.world_size
     on_gpu = options.accelerator not in ("cpu", "auto") or torch.cuda.is_available()
-    # A bar redraws itself, for which it needs a terminal.
-    bar = config.progress_bar and sys.stdout.isatty()
     stages = Stages() if config.profile else None
     watching = [Profile(stages, run_dir, Console().print)] if stages else []
     trainer = Trainer(
@@ -86,7 +83,7 @@ def make_trainer(
         sync_batchnorm=world_size > 1 and on_gpu and batch_norm.is_in(model),
         log_every_n_steps=options.log_every_n_steps,
         logger=list(loggers),
-        callbacks=[*watching, *callbacks, *_configured_callbacks(config, bar=bar)],
+        callbacks=[*watching, *callbacks, *_configured_callbacks(config)],
         # Lightning would otherwise guess a cluster from variables around us, such as SLURM's.
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
         enable_progress_bar=False,
@@ -122,7 +119,7 @@ def strategy(world_size: int) -> Strategy | str:
     return DDPStrategy(gradient_as_bucket_view=True, timeout=WITHOUT_END)
 
 
-def _configured_callbacks(config: Config, *, bar: bool) -> Iterator[Callback]:
+def _configured_callbacks(config: Config) -> Iterator[Callback]:
     if config.trainer.max_seconds is not None:
         yield TimeLimit(config.trainer.max_seconds)
     stop = config.early_stopping
@@ -134,7 +131,7 @@ def _configured_callbacks(config: Config, *, bar: bool) -> Iterator[Callback]:
             min_delta=stop.min_delta,
         )
     if config.progress_bar:
-        yield progress_bar.LiveProgress() if bar else progress_bar.EpochLines()
+        yield progress_bar.fitting()
     if config.model_summary:
         yield progress_bar.NetworkSummary(max_depth=2)
 
