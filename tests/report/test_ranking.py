@@ -63,7 +63,7 @@ def test_settings_have_the_names_that_the_sweep_gave_them(
     # Seed by seed the same difference: the interval has hardly a width.
     assert following.startswith("the next: focal, lr=0.1: val/nll 0.320 ± 0.028 ")
     assert "worse by 0.1 ± " in following
-    assert following.endswith(" (95 % interval over seeds): more than seeds alone make")
+    assert following.endswith(" (95 % interval over seeds): more than chance")
     head, rows = table(comparison)
     assert head[:4] == ["group", "runs", "val/nll", "to the best"]
     assert [row[0] for row in rows] == labels
@@ -89,7 +89,7 @@ def test_a_difference_within_the_seeds_is_called_so(
     }
     swept(tmp_path, monkeypatch, figures)
     _, following, *_ = compare(find_runs([tmp_path])).summary(tmp_path, [])
-    assert following.endswith(": no more than seeds alone make")
+    assert following.endswith(": no more than chance")
 
 
 def test_a_larger_accuracy_is_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,10 +53,24 @@ class Spread:
             return "not finite"
         if not self.deviation:
             return f"{self.mean:.4g}" + ("" if self.deviation is None else " ± 0")
-        decimals = max(1 - math.floor(math.log10(self.deviation)), 0)
-        if decimals > 6:
-            return f"{self.mean:.4g} ± {self.deviation:.2g}"
-        return f"{self.mean:.{decimals}f} ± {self.deviation:.{decimals}f}"
+        return with_error(self.mean, self.deviation)
+
+
+def with_error(value: float, error: float, sign: str = "") -> str:
+    """A value with its error, which has two digits, down to the same decimal.
+
+    Args:
+        value: Any finite number.
+        error: Above 0.
+        sign: "+" shows the value's sign always.
+
+    >>> with_error(0.00499, 0.092, "+"), with_error(7386.2, 493.1), with_error(1e-9, 1e-10)
+    ('+0.005 ± 0.092', '7386 ± 493', '1e-09 ± 1e-10')
+    """
+    decimals = max(1 - math.floor(math.log10(error)), 0)
+    if decimals > 6:
+        return f"{value:{sign}.4g} ± {error:.2g}"
+    return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
 
 
 @dataclass

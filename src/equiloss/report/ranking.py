@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from equiloss.config.metrics import mode_of
-from equiloss.report.groups import LARGEST, Group, Spread
+from equiloss.report.groups import LARGEST, Group, Spread, with_error
 
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, Cornish & Fisher's
 # expansion about the normal distribution's is right to 4 digits.
@@ -27,17 +27,17 @@ class Difference:
     """Of the interval, by Student's t; None where a setting has a single run."""
 
     def __str__(self) -> str:
-        if self.half_width is None:
-            return f"{self.mean:+.3g}"
-        return f"{self.mean:+.3g} ± {self.half_width:.2g}"
+        if not self.half_width:
+            return f"{self.mean:+.3g}" + ("" if self.half_width is None else " ± 0")
+        return with_error(self.mean, self.half_width, "+")
 
     def describe(self) -> str:
         """The difference, its interval, and whether it is more than chance, in words."""
         if self.half_width is None:
             return f"worse by {self.mean:.3g}; whether that is chance, several seeds would tell"
         sure = "more" if abs(self.mean) > self.half_width else "no more"
-        apart = f"{self.mean:.3g} ± {self.half_width:.2g}"
-        return f"worse by {apart} (95 % interval over seeds): {sure} than seeds alone make"
+        apart = str(self).removeprefix("+")
+        return f"worse by {apart} (95 % interval over seeds): {sure} than chance"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def difference(
     (Welch, "The generalization of 'Student's' problem", Biometrika 34, 1947).
 
     >>> print(difference({0: [0.5], 1: [0.75]}, {0: [0.25], 1: [0.25]}, "min"))
-    +0.375 ± 1.6
+    +0.4 ± 1.6
     >>> print(difference({0: [0.5]}, {0: [0.25]}, "max"))
     -0.25
     """
