@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +20,9 @@ from equiloss.data.datasets import load as load_data
 from equiloss.data.sampler import Slice
 from equiloss.errors import ConfigError, UserError
 from equiloss.records.results import read_metrics
-from support import final_weights, slow
+from support import ROOT, final_weights, slow
 
+PAGE = (ROOT / "docs" / "use.md").read_text()
 FAST = ("debug=fast", "callbacks=quiet", "logger=csv", "model=mlp", "trainer.threads=1")
 
 
@@ -88,6 +92,15 @@ def test_the_public_names_are_there() -> None:
     }
     with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
         _ = equiloss.fitt  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", ["equiloss", "equiloss.losses", "equiloss.testing"])
+def test_what_is_public_is_documented(module: str) -> None:
+    public = importlib.import_module(module)
+    (row,) = re.findall(rf"^\| `{module}` \|(.*)$", PAGE, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", row)) == set(public.__all__)
+    for name in public.__all__:
+        assert inspect.getdoc(getattr(public, name))
 
 
 def test_importing_the_package_imports_no_torch() -> None:
