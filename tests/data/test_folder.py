@@ -21,6 +21,7 @@ from equiloss.data.datasets import Splits, load
 from equiloss.data.sampler import Slice
 from equiloss.data.splits import SPLITS
 from equiloss.errors import ConfigError, DataError
+from equiloss.records import remembered
 
 
 def rows(splits: Splits, split: str, positions: list[int] | None = None):
@@ -223,7 +224,7 @@ def test_what_is_broken_or_of_another_size_in_any_split_is_found_at_once(tmp_pat
 
 def test_headers_are_remembered_until_a_file_changes(tmp_path, monkeypatch, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv(headers.CACHE, str(cache))
+    monkeypatch.setenv(remembered.CACHE, str(cache))
     write_images(tmp_path, {"cat": 4, "dog": 4})
     read, looks = headers.read, []
     monkeypatch.setattr(headers, "read", lambda file: looks.append(file) or read(file))

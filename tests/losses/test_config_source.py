@@ -18,6 +18,7 @@ from equiloss.config import resolved
 from equiloss.errors import ConfigError, LossError
 from equiloss.losses import Criterion, config_source, registry
 from equiloss.losses.config_source import LossConfigSource
+from equiloss.records import remembered
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -271,7 +272,8 @@ class TestSource:
         node = compose_loss("loss=custom", "loss.target=torch_like:doubled")
         assert plain(node) == {"name": "custom", "target": "torch_like:doubled", "options": {}}
 
-    def test_choosing_imports_one(self, monkeypatch):
+    def test_choosing_imports_one(self, monkeypatch, tmp_path):
+        monkeypatch.setenv(remembered.CACHE, str(tmp_path))
         chosen = []
         get = registry.get
         monkeypatch.setattr(registry, "get", lambda name: chosen.append(name) or get(name))

@@ -16,7 +16,8 @@ from rich.text import Text
 from equiloss.cli import braille
 from equiloss.errors import UserError
 from equiloss.losses import registry
-from equiloss.losses.signature import Option, Signature
+from equiloss.losses.description import describe
+from equiloss.losses.signature import Option
 
 # Of the true class's probability, for two curves side by side in 80 columns of text.
 CURVE_POINTS = 56
@@ -188,34 +189,25 @@ def _formula(doc: str | None) -> str | None:
 
 
 def _usable_entry(name: str, source: str) -> Entry:
-    loss, signature = registry.get(name), registry.signature(name)
-    doc = inspect.getdoc(loss)
+    known = describe(name)
+    options = known.options.items()
     return Entry(
         name,
-        f"equiloss {version('equiloss')}" if source == "equiloss" else source,
-        options={key: option.default for key, option in signature.options.items()},
-        types={key: _type(option) for key, option in signature.options.items()},
-        supports=sorted(signature.supported),
-        soft_targets=signature.soft_targets,
-        shift_invariant=signature.is_shift_invariant(),
-        max_logit_range=_range(signature),
-        reference=signature.reference,
-        formula=_formula(doc),
-        doc=doc,
+        f"equiloss {version('equiloss')}" if source == registry.OURS else source,
+        options={key: option.default for key, option in options},
+        types={key: _type(option) for key, option in options},
+        supports=known.supports,
+        soft_targets=known.soft_targets,
+        shift_invariant=known.shift_invariant,
+        max_logit_range=known.max_logit_range,
+        reference=known.reference,
+        formula=_formula(known.doc),
+        doc=known.doc,
     )
 
 
 def _with_type(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _range(signature: Signature) -> dict[str, float] | float | None:
-    limit = signature.max_logit_range
-    if not callable(limit):
-        return None if limit is None else float(limit)
-    import torch
-
-    return {dtype: signature.domain(getattr(torch, dtype)) for dtype in ("float32", "float64")}
 
 
 def _default_text(default: Any) -> str:

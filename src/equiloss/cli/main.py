@@ -193,7 +193,7 @@ def _given_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]
             signature = read(names[0], adapted(names[0], load(names[0])))
     except Exception:  # a plugin may fail in any way, and the verdict will say so
         return {}
-    node = OmegaConf.structured(config_node(names[0], signature))
+    node = OmegaConf.structured(config_node(names[0], signature.options))
     keys = []
     for pair in pairs:
         key, separator, value = pair.partition("=")

@@ -7,20 +7,17 @@ decoded.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from equiloss.data import many_files
 from equiloss.data.decoding import pil
-from equiloss.errors import DataError, UserError
-from equiloss.records.atomic import write_atomically
+from equiloss.errors import DataError
+from equiloss.records.remembered import recall, remember
 
-CACHE = "EQUILOSS_CACHE"
+KIND = "headers"
 # Of EXIF: from 5 on, height and width change places.
 ORIENTATION = 0x0112
 UNREAD = object()
@@ -77,16 +74,10 @@ class _Memory:
 
     def __init__(self, root: Path) -> None:
         self.below = os.path.join(root, "")  # noqa: PTH118  # with a separator at its end
-        cache = Path(os.environ.get(CACHE) or Path("~/.cache/equiloss").expanduser())
-        name = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=12).hexdigest()
-        self.file = cache / "headers" / f"{name}.json"
+        self.root = root
         # A text for each file, not a list: many small objects take longer than to take it apart.
-        self.known: dict[str, Any] = {}
+        self.known = recall(KIND, root)
         self.seen: dict[str, str] = {}
-        with suppress(OSError, ValueError, RecursionError):
-            known = json.loads(self.file.read_text())
-            if isinstance(known, dict):
-                self.known = known
 
     def recall(self, file: Path) -> Any:
         """A file's header, None for one without, or `UNREAD` where that is not known."""
@@ -116,8 +107,5 @@ class _Memory:
 
     def save(self) -> None:
         """Keep what was seen, where that is possible: it only spares time."""
-        if self.seen == self.known:
-            return
-        with suppress(OSError, UserError, UnicodeEncodeError):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.file, json.dumps(self.seen))
+        if self.seen != self.known:
+            remember(KIND, self.root, self.seen)

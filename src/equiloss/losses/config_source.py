@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
@@ -23,6 +24,7 @@ from equiloss.config import open_dict
 from equiloss.config.shipped import CONF
 from equiloss.errors import LossError
 from equiloss.losses import registry
+from equiloss.losses.description import describe
 from equiloss.losses.registry import CUSTOM
 from equiloss.losses.signature import config_node
 
@@ -49,7 +51,7 @@ class LossConfigSource(ConfigSource):
         return SCHEME
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """The node of one loss; imports that loss and no other."""
+        """The node of one loss; imports that loss at most, and no other."""
         name = self._loss_name(config_path)
         if name is None or name not in _choices():
             raise ConfigLoadError(f"no loss config {config_path!r}")
@@ -123,11 +125,14 @@ def _choices() -> list[str]:
 def _node(name: str) -> Any:
     if name == CUSTOM:
         return CustomLoss()
-    return config_node(name, registry.signature(name))
+    return config_node(name, describe(name).options)
 
 
 def install() -> None:
     """Make registered losses known to Hydra; call it before the application composes."""
+    # Hydra copies its sources for each question, and with them the store of all schemas, which
+    # copies what it gives anyway: `--help` asks a hundred, and took three times as long.
+    ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
     plugins = Plugins.instance()
     plugins.register(LossConfigSource)
     plugins.register(LossSearchPath)

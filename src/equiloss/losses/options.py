@@ -74,7 +74,9 @@ def checked(name: str, signature: Signature, options: Mapping[str, Any]) -> dict
 def _typed(signature: Signature, options: Mapping[str, Any]) -> dict[str, Any]:
     known = {key: value for key, value in options.items() if key in signature.options}
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(config_node(CUSTOM, signature)), known)
+        merged = OmegaConf.merge(
+            OmegaConf.structured(config_node(CUSTOM, signature.options)), known
+        )
     except OmegaConfBaseException as error:
         key, why = getattr(error, "full_key", None), first_line(error)
         raise LossError(f"loss.options.{key}: {why}" if key else f"loss.options: {why}") from error

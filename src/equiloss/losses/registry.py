@@ -7,10 +7,12 @@ overwritten: where two sides claim one name, choosing it is an error that names 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import EntryPoint, entry_points
+from functools import lru_cache, partial
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, TypeVar, overload
 
 from equiloss.errors import LossError, unknown
@@ -22,6 +24,9 @@ GROUP = "equiloss.losses"
 
 # The name in a configuration of a loss that is given by its import path.
 CUSTOM = "custom"
+
+# The source of built-in losses.
+OURS = "equiloss"
 
 # Names that mean something else, in a configuration or after `equiloss verify`.
 KEPT = {
@@ -158,11 +163,24 @@ def unregister(name: str) -> None:
 
 def _providers() -> Iterator[Provider]:
     for name, target in _BUILT_IN.items():
-        yield Provider(name, "equiloss", partial(import_target, target, "loss", LossError))
+        yield Provider(name, OURS, partial(import_target, target, "loss", LossError))
     yield from _registered.values()
     if os.environ.get("EQUILOSS_DISABLE_PLUGINS") != "1":
-        for entry_point in entry_points(group=GROUP):
+        for entry_point in _entry_points(*_search_path()):
             yield _plugin(entry_point)
+
+
+@lru_cache(maxsize=1)
+def _entry_points(*_: tuple[str, int]) -> EntryPoints:
+    """Those of the group; reading all distributions' takes 10 ms, and is asked for by the dozen."""
+    return entry_points(group=GROUP)
+
+
+def _search_path() -> Iterator[tuple[str, int]]:
+    """Where distributions are installed, and when that changed: a notebook may install one."""
+    for directory in sys.path:
+        with suppress(OSError):
+            yield directory, os.stat(directory).st_mtime_ns  # noqa: PTH116  # "" is the working one
 
 
 def _plugin(entry_point: EntryPoint) -> Provider:

@@ -247,15 +247,15 @@ def _is_plain(annotation: Any) -> bool:
     return annotation in (bool, int, float, str)
 
 
-def config_node(name: str, signature: Signature) -> Any:
+def config_node(name: str, options: Mapping[str, Option]) -> Any:
     """The Hydra node of a loss: a dataclass instance with its name and its options.
 
     >>> def scaled(logits, target, *, factor: float = 2.0): ...
-    >>> config_node("scaled", read("scaled", scaled))
+    >>> config_node("scaled", read("scaled", scaled).options)
     scaled(name='scaled', factor=2.0)
     """
     members: list[Any] = [("name", str, name)]
-    for key, option in signature.options.items():
+    for key, option in options.items():
         value = option.default
         if isinstance(value, (list, dict)):
             members.append((key, option.annotation, dataclasses.field(default_factory=value.copy)))
