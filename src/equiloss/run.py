@@ -107,7 +107,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     randomness.seed_everything(config.seed)
     splits = _splits(config)
     criterion = Criterion(**config.loss, class_counts=splits.class_counts)
-    configuration.check_loss(config, criterion, splits.num_classes)
+    configuration.check_losses(config, criterion, splits.num_classes)
     data = ImageDataModule(
         splits,
         config.data,

@@ -125,6 +125,21 @@ def test_dark_sets_of_16_bits_are_pointed_out(tmp_path):
     saved(tmp_path / "a" / "0.png", ramp(65535, np.uint16))
     (note,) = load(DataConfig(**config)).notes
     assert "brightest" not in note
+    cut = tmp_path / "b" / "3.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    assert decoding.brightest(cut) is None  # its decoder will name it
+
+
+def test_values_without_a_range_are_refused_before_the_run(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            saved(tmp_path / name / f"{number}.tiff", ramp(255, np.uint8))
+    odd = saved(tmp_path / "b" / "2.tiff", ramp(1, np.float32))
+    config = {"name": "image_folder", "root": str(tmp_path)}
+    with pytest.raises(DataError, match=rf"{odd} holds floating point, .* set data\.range="):
+        load(DataConfig(**config))
+    load(DataConfig(**config, range=[0, 1]))
 
 
 def test_settings_that_make_no_sense_are_named(tmp_path):

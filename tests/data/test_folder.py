@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from equiloss.config import DataConfig
-from equiloss.data import headers, many_files
+from equiloss.data import decoding, headers, many_files
 from equiloss.data.datasets import Splits, load
+from equiloss.data.decoding import Decoder
 from equiloss.data.sampler import Slice
 from equiloss.data.splits import SPLITS
 from equiloss.errors import ConfigError, DataError
@@ -179,6 +180,21 @@ def test_splits_have_their_usual_names(tmp_path, name):
         folder(tmp_path)
 
 
+def test_a_split_and_its_name_in_capitals_are_not_told_apart(tmp_path):
+    for name in ("train", "Train"):
+        write_images(tmp_path / name, {"cat": 4, "dog": 4})
+    with pytest.raises(DataError, match=r"/Train and .*/train may both be the train split"):
+        folder(tmp_path)
+
+
+def test_what_cannot_be_listed_is_named(tmp_path):
+    write_images(tmp_path, {"cat": 4, "dog": 4})
+    loop = tmp_path / "cat" / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(DataError, match=rf"cannot read {loop}: Too many levels of symbolic links"):
+        folder(tmp_path)
+
+
 def test_a_class_may_be_called_train(tmp_path):
     write_images(tmp_path, {"bus": 4, "train": 4})
     assert folder(tmp_path).class_names == ("bus", "train")
@@ -266,3 +282,48 @@ def test_files_that_are_slow_to_read_are_read_together(tmp_path, monkeypatch):
         (int(file.stem) + 1, file.parent.name) for file in files
     ]
     assert len(threads) > 2
+
+
+def test_only_what_is_known_of_a_file_is_remembered(tmp_path, monkeypatch):
+    """What failed may succeed: permissions change, and PIL learns formats."""
+    write_images(tmp_path, {"cat": 1})
+    (file,) = (tmp_path / "cat").iterdir()
+    opened = Image.open
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", os.fspath(file))
+
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(DataError, match=rf"cannot read image {file}: Permission denied"):
+        headers.read_all([file], tmp_path)
+    monkeypatch.setattr(Image, "open", lambda file: opened(__file__))
+    assert headers.read_all([file], tmp_path) == [None]
+    monkeypatch.setattr(Image, "open", opened)
+    assert headers.read_all([file], tmp_path) == [headers.Header(4, 6, "RGB")]
+
+
+def test_a_picture_of_too_many_pixels_is_named_before_the_run(tmp_path, monkeypatch):
+    write_images(tmp_path, {"cat": 2, "dog": 2})
+    decoding.pil.cache_clear()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)
+    with pytest.raises(DataError, match=r"24 pixels\) exceeds limit of 22 pixels; make it smaller"):
+        folder(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tiff", "webp"])
+def test_looking_at_a_picture_decodes_nothing(tmp_path, monkeypatch, ending):
+    turned, upright = tmp_path / f"turned.{ending}", tmp_path / f"upright.{ending}"
+    image = Image.new("RGB", (9, 5))
+    orientation = Image.Exif()
+    orientation[headers.ORIENTATION] = 6
+    image.save(turned, exif=orientation)
+    image.save(upright)
+    assert Decoder(3)(turned).shape == (3, 9, 5)
+
+    def load(*_):
+        pytest.fail("it was decoded")
+
+    for kind in (ImageFile.ImageFile, PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile):
+        monkeypatch.setattr(kind, "load", load)
+    assert headers.read(turned) == headers.Header(5, 9, "RGB")
+    assert headers.read(upright) == headers.Header(9, 5, "RGB")

@@ -15,6 +15,7 @@ from equiloss.data import memory
 from equiloss.data.datasets import Splits, load
 from equiloss.data.decoding import Decoder
 from equiloss.data.sampler import Slice
+from equiloss.distributed import membership
 from equiloss.errors import ConfigError, DataError
 from support import of_rank, write_noise
 
@@ -116,6 +117,73 @@ def test_what_does_not_fit_is_refused_with_both_numbers(
 def test_what_is_free_is_known_here() -> None:
     free = memory.free_memory()
     assert free is None or 2**20 < free < 2**45
+
+
+def test_each_rank_here_needs_room(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 2 * 24 * 3 * 7 * 7)
+    folder(root)
+    monkeypatch.setenv(membership.CHILD, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match="24 images of 3x7x7 in each of 2 processes, and 0 MiB"):
+        folder(root)
+
+
+def written(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+MACHINE = {"meminfo": "MemTotal: 99 kB\nMemAvailable: 80 kB\n"}
+VERSION_2 = ("memory.max", "memory.current", "memory.stat", "inactive_file")
+VERSION_1 = (
+    *("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    *("memory.stat", "total_inactive_file"),
+)
+
+
+def group(place: str, names: tuple[str, ...], most: str, used: int, cached: int) -> dict[str, str]:
+    limit, usage, statistics, inactive = names
+    return {
+        f"{place}{limit}": most,
+        f"{place}{usage}": str(used),
+        f"{place}{statistics}": f"anon 1\n{inactive} {cached}\n",
+    }
+
+
+@pytest.mark.parametrize(
+    ("lines", "groups", "free"),
+    [
+        ("0::/\n", {}, 81920),
+        ("0::/\n", group("", VERSION_2, "max", 900, 0), 81920),
+        # What was read of files makes room.
+        ("0::/\n", group("", VERSION_2, "1000", 900, 300), 400),
+        # A job's own group, and one above it, where none is hidden.
+        ("0::/job/step\n", group("job/step/", VERSION_2, "1000", 900, 0), 100),
+        ("0::/job/step\n", group("job/", VERSION_2, "1000", 900, 0), 100),
+        # A container whose name for its group is not what it sees.
+        ("0::/docker/1\n", group("", VERSION_2, "1000", 900, 0), 100),
+        ("3:cpu:/a\n7:memory:/job\n", group("memory/job/", VERSION_1, "1000", 900, 50), 150),
+        ("7:memory:/docker/1\n", group("memory/", VERSION_1, "1000", 1900, 0), 0),
+    ],
+)
+def test_what_is_free_follows_machine_and_groups(
+    tmp_path: Path, lines: str, groups: dict[str, str], free: int
+) -> None:
+    written(tmp_path / "proc", MACHINE | {"self/cgroup": lines})
+    written(tmp_path / "groups", groups)
+    assert memory.free_memory(tmp_path / "proc", tmp_path / "groups") == free
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99 kB\n")  # as of old kernels
+    known = memory.free_memory(tmp_path / "proc", tmp_path / "groups")
+    assert known == (None if free == 81920 else free)
+
+
+def test_a_picture_that_went_away_is_named(root: Path) -> None:
+    splits = folder(root)
+    gone = splits.train.files[2]
+    gone.unlink()
+    with pytest.raises(DataError, match=rf"cannot read image {gone}: No such file"):
+        everything(splits)
 
 
 def test_another_choice_is_refused() -> None:

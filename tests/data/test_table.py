@@ -80,6 +80,12 @@ def test_splits_of_the_table_are_taken_and_missing_ones_drawn(pictures):
     splits = table(written(pictures, [f"{head},split", *marked]))
     assert [len(getattr(splits, split)) for split in SPLITS] == [13, 4, 3]
     assert {n for n, (split, _) in by_number(splits).items() if split == "val"} == {0, 1, 2, 3}
+    held = {1: "val", 2: "test", 5: "test"}
+    marked = [f"{row},{held.get(number, '')}" for number, row in enumerate(rows)]
+    splits = table(written(pictures, [f"{head},split", *marked]))
+    found = {number: split for number, (split, _) in by_number(splits).items()}
+    assert found == {number: held.get(number, "train") for number in range(20)}
+    assert [len(getattr(splits, split)) for split in SPLITS] == [17, 1, 2]  # each file once
     with pytest.raises(DataError, match=r"labels\.csv, line 3: later is no split; known: train,"):
         table(written(pictures, [f"{head},split", marked[0], f"{rows[1]},later"]))
 
@@ -96,7 +102,7 @@ def test_lines_that_repeat_others_are_counted_and_contradictions_refused(picture
     splits = table(written(pictures, [*lines(), *lines()[1:4]]))
     assert sum(len(getattr(splits, split)) for split in SPLITS) == 20
     assert splits.notes == (f"3 lines of {pictures}/labels.csv repeat others",)
-    with pytest.raises(DataError, match=r"line 22: .*all/00\.png is dog here and cat in line 2"):
+    with pytest.raises(DataError, match=r"line 22: .*/00\.png is dog of train here and cat of"):
         table(written(pictures, [*lines(), "all/00.png,dog"]))
 
 
@@ -128,6 +134,9 @@ def test_tables_that_are_none_are_named(pictures):
         table(written(pictures, lines(names=("cat", "cat"))))
     with pytest.raises(DataError, match="is no text in UTF-8"):
         table(written(pictures, lines(names=("café", "dog")), encoding="latin-1"))
+    with pytest.raises(DataError, match=r"labels\.csv, line 1: unexpected end of data"):
+        table(written(pictures, ['"path,label']))
+    assert table(written(pictures, lines(names=("-1", "--5")))).class_names == ("--5", "-1")
 
 
 def test_it_is_the_set_that_the_same_folders_are(pictures):

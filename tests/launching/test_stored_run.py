@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config.resolved import resolve
 from equiloss.errors import UserError
-from equiloss.launching.stored_run import of_run
+from equiloss.launching.stored_run import of_run, user_paths
 from equiloss.records.results import Result
 from support import Train, composed, composed_with_hydra
 
@@ -53,6 +53,14 @@ def test_what_the_command_says_comes_over_it(stored: Path) -> None:
     assert config.loss["name"] == "focal"
     assert config.model.options["widths"] == [16]
     assert (config.trainer.devices, config.data.batch_size) == (2, 30)
+
+
+def test_paths_count_from_where_the_user_stood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = asked("data.table='~/a.csv'", "data.root='~/pictures'", "init_from=weights.ckpt")
+    user_paths(config)
+    assert (config.data.table, config.data.root) == ("/home/ada/a.csv", "/home/ada/pictures")
+    assert config.init_from == "weights.ckpt"  # as it was written
 
 
 def test_the_weights_are_those_that_the_run_tested(stored: Path) -> None:

@@ -173,7 +173,8 @@ class TestLedger:
         assert of("val/f1", {}, f1="F1Score", h="HammingDistance") == "maximize"
         assert of("val/h", {}, f1="F1Score", h="HammingDistance") == "minimize"
         assert of("val/x", {}, x={"target": "a:B", "mode": "max"}) == "maximize"
-        assert of("val/x", {}, x="NoSuchMetric") == "minimize"  # its jobs say why they fail
+        # Their jobs say why they fail.
+        assert of("val/x", {}, x="NoSuchMetric") == of("val/x", {}, x=3) == "minimize"
 
 
 def rows_of(output: str) -> list[str]:

@@ -110,6 +110,14 @@ class TestTorchvision:
         assert "data.image_size=" in message
         assert "\n" not in message
 
+    def test_whatever_a_network_raises_is_its_own(self):
+        class Sharp(nn.Module):
+            def forward(self, x):
+                return x.mean(dim=4)
+
+        with pytest.raises(ModelError, match=r"'sharp' cannot process 3x8x8 images: Dimension out"):
+            check_head("sharp", Sharp(), 10, (3, 8, 8))
+
 
 class TestCustom:
     def test_by_import_path_with_options(self):

@@ -8,7 +8,7 @@ from equiloss.config import Config, ParityConfig
 from equiloss.errors import ConfigError
 from equiloss.losses import Criterion
 from equiloss.parity.monitor import ParityMonitor
-from equiloss.preflight.configuration import check_loss
+from equiloss.preflight.configuration import check_losses
 from support import composed
 
 
@@ -20,7 +20,7 @@ def config(*overrides: str) -> Config:
 def test_an_unknown_formulation_is_refused_with_those_that_can_be_compared(name: str) -> None:
     wrong = config(f"parity.formulations=[cross_entropy,{name}]")
     with pytest.raises(ConfigError, match=rf"unknown parity\.formulations '{name}'") as caught:
-        check_loss(wrong, Criterion("cross_entropy"), 10)
+        check_losses(wrong, Criterion("cross_entropy"), 10)
     offered = str(caught.value).partition("Known: ")[2].split(", ")
     assert len(offered) > 8
     criterion = Criterion("cross_entropy")
@@ -37,5 +37,9 @@ def test_custom_is_one_where_it_trains() -> None:
         "parity.formulations=[custom]",
     )
     trained = config(*words)
-    check_loss(trained, Criterion(**trained.loss), 10)
-    check_loss(config("parity=off", "parity.formulations=[none]"), Criterion("focal"), 10)
+    check_losses(trained, Criterion(**trained.loss), 10)
+    for no_check in (
+        config("parity=off", "parity.formulations=[none]"),
+        config("task=test", "ckpt_path=best.ckpt", "parity.formulations=[none]"),
+    ):
+        check_losses(no_check, Criterion("focal"), 10)

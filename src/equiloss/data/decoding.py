@@ -8,6 +8,7 @@ holds become equal. Here each of these is read for what it shows, or refused by 
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,10 +64,7 @@ class Decoder:
                     image = image.convert("L" if self.channels == 1 else "RGB")
                 pixels = np.array(image)
         except (Image.DecompressionBombError, MemoryError) as error:
-            why = str(error).partition(", could be")[0] or "it is larger than the memory"
-            raise DataError(
-                f"cannot read image {file}: {why}; make it smaller, or remove it"
-            ) from error
+            raise too_large(file, error) from error
         # PIL reports broken files through whatever its decoders raise, SyntaxError included.
         except (OSError, ValueError, SyntaxError) as error:
             raise DataError(f"cannot read image {file}: {error}; mend or remove it") from error
@@ -98,23 +96,39 @@ class Decoder:
         """Values [H, W] of more bits, by their range, as uint8."""
         low, high = self.value_range or (0.0, DEEP_MODES[mode])
         if high is None:
-            kind = "floating point" if mode == "F" else "32-bit integers"
-            raise DataError(
-                f"image {file} holds {kind}, and what is white is not known: set "
-                "data.range=[BLACK,WHITE], such as data.range=[0,1]"
-            )
+            raise without_range(file, mode)
         shares = (pixels.astype(np.float64) - low) / (high - low)
         if not np.isfinite(shares).all():
             raise DataError(f"image {file} holds values that are no numbers (NaN or infinite)")
         return (shares.clip(0, 1) * 255).round().astype(np.uint8)
 
 
+def too_large(file: Path, error: Exception) -> DataError:
+    """The error of an image that PIL refuses for its size, or that memory has no room for."""
+    why = str(error).partition(", could be")[0] or "it is larger than the memory"
+    return DataError(f"cannot read image {file}: {why}; make it smaller, or remove it")
+
+
+def without_range(file: Path, mode: str) -> DataError:
+    """The error of an image whose values have no largest one."""
+    kind = "floating point" if mode == "F" else "32-bit integers"
+    return DataError(
+        f"image {file} holds {kind}, and what is white is not known: set "
+        "data.range=[BLACK,WHITE], such as data.range=[0,1]"
+    )
+
+
 def brightest(file: Path) -> float | None:
-    """The largest value of a file of more than 8 bits, over the largest that it may hold."""
+    """The largest value of a file of more than 8 bits, over the largest that it may hold.
+
+    None where that is not known, or the file cannot be decoded, as its decoder will say.
+    """
     Image, _ = pil()  # noqa: N806
-    with Image.open(file) as image:
-        largest = DEEP_MODES.get(image.mode)
-        return None if largest is None else float(np.array(image).max()) / largest
+    broken = (Image.DecompressionBombError, OSError, ValueError, SyntaxError, MemoryError)
+    with suppress(*broken), Image.open(file) as image:
+        if largest := DEEP_MODES.get(image.mode):
+            return float(np.array(image).max()) / largest
+    return None
 
 
 @cache

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from equiloss.config import DataConfig
 from equiloss.data import headers, memory
-from equiloss.data.decoding import DARK, DEEP_MODES, Decoder, brightest
+from equiloss.data.decoding import DARK, DEEP_MODES, Decoder, brightest, without_range
 from equiloss.data.sources import FileSource
 from equiloss.data.splits import SPLITS, Splits, holdout, limited, long_tailed
 from equiloss.errors import ConfigError, DataError
@@ -49,15 +49,16 @@ class Looked:
     Args:
         files: All files of all splits.
         root: What they lie below.
-        same_size: Whether they must be of one size.
+        config: `image_size` and `range` are used.
     """
 
-    def __init__(self, files: Sequence[Path], root: Path, *, same_size: bool) -> None:
+    def __init__(self, files: Sequence[Path], root: Path, config: DataConfig) -> None:
         # By text: the hash of a path takes it apart first.
         names = map(os.fspath, files)
         self.headers = dict(zip(names, headers.read_all(files, root), strict=True))
         self.root = root
-        self.same_size = same_size
+        self.same_size = config.image_size is None
+        self.value_range = range_of(config)
         self.unread: list[Path] = []
         """Files that are no images."""
         self.deep: list[Path] = []
@@ -68,7 +69,8 @@ class Looked:
         """The file if it is an image, or None.
 
         Raises:
-            DataError: for a file that ends as images do and is none, or of another size.
+            DataError: for a file that ends as images do and is none, or of another size, or whose
+                values have no range.
         """
         header = self.headers[os.fspath(file)]
         if header is None:
@@ -80,6 +82,8 @@ class Looked:
             self.unread.append(file)
             return None
         if header.mode in DEEP_MODES:
+            if DEEP_MODES[header.mode] is None and self.value_range is None:
+                raise without_range(file, header.mode)
             self.deep.append(file)
         if self.same_size:
             self.first = self.first or (file, header)
@@ -91,7 +95,7 @@ class Looked:
                 )
         return file
 
-    def notes(self, value_range: tuple[float, float] | None) -> Iterator[str]:
+    def notes(self) -> Iterator[str]:
         """What is not used, and what is white, in a line each."""
         if self.unread:
             kinds = Counter(file.suffix.lower() or "no ending" for file in self.unread)
@@ -102,8 +106,8 @@ class Looked:
             )
         if not self.deep:
             return
-        if value_range is not None:
-            low, high = value_range
+        if self.value_range is not None:
+            low, high = self.value_range
             count = len(self.deep)
             yield f"{count} images of more than 8 bits: {low:g} is black and {high:g} white"
             return
@@ -138,8 +142,12 @@ def decoder_of(config: DataConfig, channels: int) -> Decoder:
             f"data.background={config.background} is no colour: give a name, such as white or "
             "black, or #rrggbb"
         ) from None
-    value_range = None if config.range is None else (config.range[0], config.range[1])
-    return Decoder(channels, config.background, value_range)
+    return Decoder(channels, config.background, range_of(config))
+
+
+def range_of(config: DataConfig) -> tuple[float, float] | None:
+    """The values of black and white that a configuration gives."""
+    return None if config.range is None else (config.range[0], config.range[1])
 
 
 def draw_missing(files: dict[str, Files], config: DataConfig, place: str) -> None:
@@ -196,7 +204,7 @@ def from_files(
         sources[split] = FileSource(
             paths, targets, decoder=decoder, image_size=config.image_size, root=root
         )
-    said = [*notes, *looked.notes(decoder.value_range)]
+    said = [*notes, *looked.notes()]
     if config.cache == "memory":
         said.append(memory.make_room([source.images for source in sources.values()]))
         for source in sources.values():

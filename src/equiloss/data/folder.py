@@ -38,16 +38,19 @@ def image_folder(config: DataConfig, *, channels: int = 3) -> Splits:
         raise ConfigError("data=image_folder needs data.root=, the directory of the classes")
     decoder = decoder_of(config, channels)
     root = Path(config.root)
-    places, unused = _places(root)
-    listed = {
-        split: {each: sorted(files_below(each), key=by_parts) for each in _directories(place)}
-        for split, place in places.items()
-    }
+    try:
+        places, unused = _places(root)
+        listed = {
+            split: {each: sorted(files_below(each), key=by_parts) for each in _directories(place)}
+            for split, place in places.items()
+        }
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
     class_names = [directory.name for directory in listed["train"]]
     if len(class_names) == 1:
         _refuse_one_class(next(iter(listed["train"])))
     everything = [file for by_class in listed.values() for own in by_class.values() for file in own]
-    looked = Looked(everything, root, same_size=config.image_size is None)
+    looked = Looked(everything, root, config)
     files = {split: _read(by_class, class_names, looked) for split, by_class in listed.items()}
     for place in places.values():
         loose = sum(1 for entry in _below(place) if not entry.is_dir())
@@ -61,15 +64,16 @@ def _places(root: Path) -> tuple[dict[str, Path], list[str]]:
     """The directories of splits, and what stands beside them and is not used."""
     if not root.is_dir():
         raise DataError(f"no such directory: {root}. Set data.root= to the one of the classes")
-    folders = {entry.name.lower(): entry for entry in _below(root) if entry.is_dir()}
+    folders = [entry for entry in _below(root) if entry.is_dir()]
     places: dict[str, Path] = {}
     for split, names in SPLIT_NAMES.items():
-        given = [folders.pop(name) for name in names if name in folders]
+        given = [folder for folder in folders if folder.name.lower() in names]
         if len(given) > 1:
             both = " and ".join(map(str, given))
             raise DataError(f"{both} may both be the {split} split: move one away")
         if given:
             places[split] = given[0]
+            folders.remove(given[0])
     if "train" not in places or not _has_folders(places["train"]):
         return {"train": root}, []  # then these are names of classes
     unused = []
@@ -77,7 +81,7 @@ def _places(root: Path) -> tuple[dict[str, Path], list[str]]:
         if not _has_folders(place):
             unused.append(f"{place} ({len(_below(place))} files without folders of classes)")
             del places[split]
-    return places, [*unused, *map(str, folders.values())]
+    return places, [*unused, *map(str, folders)]
 
 
 def _has_folders(place: Path) -> bool:

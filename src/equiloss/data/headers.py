@@ -10,17 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from equiloss.data import many_files
-from equiloss.data.decoding import pil
+from equiloss.data.decoding import pil, too_large
 from equiloss.errors import DataError
 from equiloss.records.remembered import recall, remember
 
 KIND = "headers"
 # Of EXIF: from 5 on, height and width change places.
 ORIENTATION = 0x0112
-UNREAD = object()
 
 
 class Header(NamedTuple):
@@ -33,15 +32,25 @@ class Header(NamedTuple):
 
 
 def read(file: Path) -> Header | None:
-    """Read the header of one file, or None where PIL knows no image in it."""
+    """Read the header of one file, or None where PIL knows no image in it.
+
+    Raises:
+        DataError: for a file that cannot be opened, or holds more pixels than PIL reads.
+    """
     Image, _ = pil()  # noqa: N806
     try:
         with Image.open(file) as image:
             width, height = image.size
-            if image.getexif().get(ORIENTATION, 1) >= 5:
+            # Not its own method: that decodes a whole PNG to see what stands behind the pixels.
+            orientation = Image.Image.getexif(image).get(ORIENTATION, 1)
+            if orientation >= 5 and image.format != "TIFF":  # whose size is as it is shown
                 width, height = height, width
             return Header(width, height, image.mode)
-    except Exception:  # PIL reports broken files through whatever its parsers raise
+    except Image.DecompressionBombError as error:
+        raise too_large(file, error) from error
+    except Exception as error:  # PIL reports broken files through whatever its parsers raise
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"cannot read image {file}: {error.strerror}") from error
         return None
 
 
@@ -52,8 +61,8 @@ def read_all(files: Sequence[Path], root: Path) -> list[Header | None]:
     ~/.cache/equiloss unless it is set.
     """
     memory = _Memory(root)
-    headers: list[Any] = [memory.recall(file) for file in files]
-    unread = [number for number, header in enumerate(headers) if header is UNREAD]
+    headers = [memory.recall(file) for file in files]
+    unread = [number for number, header in enumerate(headers) if header is None]
     read_now = many_files.of_each(read, [files[number] for number in unread])
     shown = many_files.shown(read_now, len(unread), "looking at images")
     for number, header in zip(unread, shown, strict=True):
@@ -78,9 +87,10 @@ class _Memory:
         # A text for each file, not a list: many small objects take longer than to take it apart.
         self.known = recall(KIND, root)
         self.seen: dict[str, str] = {}
+        self.stamps: dict[str, str] = {}
 
-    def recall(self, file: Path) -> Any:
-        """A file's header, None for one without, or `UNREAD` where that is not known."""
+    def recall(self, file: Path) -> Header | None:
+        """A file's header, or None where that is not known."""
         try:
             status = os.stat(file)  # noqa: PTH116  # in a third of the time
         except OSError as error:
@@ -89,18 +99,18 @@ class _Memory:
         known = self.known.get(key)
         # Whoever wrote it may have written anything.
         if isinstance(known, str) and known.startswith(stamp):
-            self.seen[key] = known
             match known[len(stamp) :].split(" "):
-                case ["none"]:
-                    return None
                 case [width, height, mode] if width.isdecimal() and height.isdecimal():
+                    self.seen[key] = known
                     return Header(int(width), int(height), mode)
-        self.seen[key] = stamp
-        return UNREAD
+        self.stamps[key] = stamp
+        return None
 
     def add(self, file: Path, header: Header | None) -> None:
-        """Remember what was read of a file."""
-        self.seen[self._key(file)] += "none" if header is None else " ".join(map(str, header))
+        """Remember what was read of a file; another PIL may know one that this one does not."""
+        if header is not None:
+            key = self._key(file)
+            self.seen[key] = self.stamps[key] + " ".join(map(str, header))
 
     def _key(self, file: Path) -> str:
         return os.fspath(file).removeprefix(self.below)

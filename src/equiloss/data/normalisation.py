@@ -19,11 +19,10 @@ def pixel_statistics(
         device: Of the images.
         dtype: In which they are normalised.
     """
-    scaled = (
+    low, spread = (
         255 * torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
         for values in (mean, std)
     )
-    low, spread = scaled
     return low, spread
 
 

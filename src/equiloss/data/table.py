@@ -38,8 +38,8 @@ def table(
 
     Its first line names the columns; they are separated by comma, semicolon, tab or bar, and
     quoted or not. The classes are the labels that occur, numbers in their order and names in the
-    alphabet's. Without a column of splits, or where it has no row of one, val and test are drawn
-    from the others by `val_fraction` and `test_fraction`.
+    alphabet's. A row without a split is one of training. Without a column of splits, or where it
+    has no row of one, val and test are drawn from training by `val_fraction` and `test_fraction`.
 
     Args:
         config: `table` is the file; `root` is where its paths begin, which is the file's own
@@ -66,7 +66,7 @@ def table(
             f"{len(missing)} of {len(rows)} files of {place} are missing; the first is "
             f"{missing[0].file} in line {missing[0].line}: paths begin at {root} (data.root=)"
         )
-    looked = Looked([row.file for row in rows], root, same_size=config.image_size is None)
+    looked = Looked([row.file for row in rows], root, config)
     for row in rows:
         if looked.image(row.file) is None:
             raise DataError(
@@ -75,7 +75,7 @@ def table(
             )
     names = _classes(place, [row.label for row in rows])
     files = {
-        part: _files([row for row in rows if row.split in ("", part)], names)
+        part: _files([row for row in rows if row.split == part], names)
         for part in SPLIT_NAMES
         if part == "train" or any(row.split == part for row in rows)
     }
@@ -95,8 +95,7 @@ def _read(place: Path, root: Path, path: str, label: str, split: str) -> Iterato
     head = text.partition("\n")[0]
     separator = max(SEPARATORS, key=head.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    columns = [name.strip() for name in reader.fieldnames or ()]
-    reader.fieldnames = columns
+    columns = _columns(place, reader)
     for option, name in (("path", path), ("label", label)):
         if name not in columns:
             raise ConfigError(
@@ -112,6 +111,15 @@ def _read(place: Path, root: Path, path: str, label: str, split: str) -> Iterato
         raise DataError(f"{place}, line {reader.line_num}: {error}") from error
 
 
+def _columns(place: Path, reader: csv.DictReader[str]) -> list[str]:
+    try:
+        columns = [name.strip() for name in reader.fieldnames or ()]
+    except csv.Error as error:
+        raise DataError(f"{place}, line 1: {error}") from error
+    reader.fieldnames = columns
+    return columns
+
+
 def _row(
     place: Path, line: int, entry: Mapping[str | None, str | None], of: tuple[Path, str, str, str]
 ) -> _Row:
@@ -121,8 +129,9 @@ def _row(
         raise DataError(f"{place}, line {line}: another number of columns, or no path")
     if not values[1]:
         raise DataError(f"{place}, line {line}: {values[0]} has no label; remove the line")
-    part = next((part for part, names in SPLIT_NAMES.items() if values[2].lower() in names), "")
-    if values[2] and not part:
+    named = values[2].lower() or "train"
+    part = next((part for part, names in SPLIT_NAMES.items() if named in names), None)
+    if part is None:
         known = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
         raise DataError(f"{place}, line {line}: {values[2]} is no split; known: {known}")
     return _Row(line, root / values[0], values[1], part)
@@ -135,8 +144,8 @@ def _without_duplicates(place: Path, rows: Sequence[_Row]) -> tuple[list[_Row], 
         other = first.setdefault(row.file, row)
         if (row.label, row.split) != (other.label, other.split):
             raise DataError(
-                f"{place}, line {row.line}: {row.file} is {row.label} {row.split} here and "
-                f"{other.label} {other.split} in line {other.line}".replace("  ", " ")
+                f"{place}, line {row.line}: {row.file} is {row.label} of {row.split} here and "
+                f"{other.label} of {other.split} in line {other.line}"
             )
     if not rows:
         raise DataError(f"{place} has no row below its columns")
@@ -148,7 +157,7 @@ def _classes(place: Path, labels: Sequence[str]) -> list[str]:
     counts = Counter(labels)
     if len(counts) == 1:
         raise DataError(f"{place} has a single label, {labels[0]}: there is nothing to tell apart")
-    if all(label.lstrip("-").isdecimal() for label in counts):
+    if all(label.removeprefix("-").isdecimal() for label in counts):
         return sorted(counts, key=int)
     return sorted(counts)
 

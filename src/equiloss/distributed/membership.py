@@ -67,9 +67,11 @@ def ranks_asked_for(config: TrainerConfig) -> int:
     return max(torch.cuda.device_count(), 1)
 
 
-def is_child() -> bool:
-    """Whether this process was started by `equiloss.launching.ranks`."""
-    return CHILD in os.environ
+def ranks_here() -> int:
+    """Ranks on this machine, this one among them; those of our own are all on one."""
+    if group := external():
+        return group.local_world_size
+    return int(os.environ["WORLD_SIZE"]) if CHILD in os.environ else 1
 
 
 def is_first() -> bool:

@@ -36,6 +36,7 @@ MAY_CHANGE = PRESENTATION | {
     "trainer.rank_timeout_s",
     "trainer.micro_batch_size",
     "data.root",
+    "data.table",
     "data.download",
     "data.num_workers",
     "data.worker_timeout_s",

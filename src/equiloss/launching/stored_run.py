@@ -26,7 +26,7 @@ def user_paths(composed: DictConfig) -> None:
 
     A path that already does stays as it is written: it is part of what a run is known by.
     """
-    for key in ("data.root", "ckpt_path", "init_from"):
+    for key in ("data.root", "data.table", "ckpt_path", "init_from"):
         path = OmegaConf.select(composed, key, throw_on_missing=False)
         if isinstance(path, str):
             path = os.path.expanduser(path)  # noqa: PTH111  # which would write it anew

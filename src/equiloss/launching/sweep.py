@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def direction(sweeper: Any, config: DictConfig) -> str:
     objective = str(config.get("objective"))
     name = objective.partition("/")[2]
     entry = OmegaConf.select(config, f"metrics.extra.{name}") if name.isidentifier() else None
-    extra = {} if entry is None else {name: entry}
+    extra = {name: entry} if isinstance(entry, str | Mapping) else {}
     with suppress(UserError):  # which the job itself will say
         extra = with_modes(extra)
     return f"{mode_of(objective, extra)}imize"

@@ -31,12 +31,13 @@ def check_arguments(arguments: Iterable[str]) -> None:
             raise ConfigError(unknown("argument of Lightning's Trainer", name, known))
 
 
-def check_loss(config: Config, criterion: Criterion, num_classes: int) -> None:
-    """Refuse a loss whose options do not go with the classes or with the augmentation.
+def check_losses(config: Config, criterion: Criterion, num_classes: int) -> None:
+    """Refuse a loss whose options do not go with the data, and formulations that are not there.
 
     Raises:
         LossError: for options of another number of classes.
-        ConfigError: for mixed targets that the loss does not take, and unknown formulations.
+        ConfigError: for mixed targets that the loss does not take, and for a formulation that
+            nobody provides, in a run that is going to compare it.
     """
     criterion.check_classes(num_classes)
     if config.data.augment.mixes and not criterion.signature.soft_targets:
@@ -44,7 +45,7 @@ def check_loss(config: Config, criterion: Criterion, num_classes: int) -> None:
             f"data.augment.mixup and cutmix turn classes into probabilities, and loss "
             f"{criterion.name!r} takes classes: use one with soft targets, such as cross_entropy"
         )
-    if config.parity.every_n_steps == 0:
+    if config.task != "fit" or config.parity.every_n_steps == 0:
         return
     trained = [CUSTOM] if criterion.name == CUSTOM else []
     for name in config.parity.formulations:
