@@ -14,6 +14,9 @@ PRECISIONS = (
     *("bf16-mixed", "16-mixed"),
 )
 
+# In the place of a precision: what the device is fast in (see `equiloss.launching.precision`).
+AUTO = "auto"
+
 # Arguments of Lightning's Trainer that would break "the same number", or that have a key here.
 REFUSED_TRAINER_ARGUMENTS = {
     "gradient_clip_val": "set optimizer.gradient_clip_norm, which clips the synchronised gradient",
@@ -54,7 +57,8 @@ class TrainerConfig:
     threads: int | None = None
     """CPU threads of each rank (null: the cores divided among the ranks)."""
     precision: str = "32-true"
-    """64-true | 32-true | bf16-mixed | 16-mixed (GPU only) | bf16-true | 16-true."""
+    """64-true | 32-true | bf16-mixed | 16-mixed (GPU only) | bf16-true | 16-true | auto: bf16-mixed
+    where the device is faster in it, else 32-true; a run keeps what it began with."""
     max_epochs: int | None = 15
     """Passes over the training split (null: max_steps alone decides)."""
     max_steps: int | None = None
@@ -93,7 +97,7 @@ class TrainerConfig:
             self.max_time is None or re.fullmatch(r"\d+(:\d\d){3}", self.max_time) is not None,
             f"trainer.max_time is written DD:HH:MM:SS, such as 00:12:00:00; got {self.max_time}",
         )
-        choose("trainer.precision", self.precision, PRECISIONS)
+        choose("trainer.precision", self.precision, (*PRECISIONS, AUTO))
         choose("trainer.reduction", self.reduction, ("sum", "bitwise"))
         if self.reduction == "bitwise":
             self._check_bitwise()

@@ -30,6 +30,7 @@ from equiloss.imports import import_target, import_torchmetrics
 from equiloss.launching import console, ranks, slots, streams
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.job import Job, trace
+from equiloss.launching.precision import settled
 from equiloss.launching.resume import claim, is_completed
 from equiloss.launching.stored_run import of_run, user_paths
 from equiloss.records.atomic import write_atomically
@@ -67,6 +68,7 @@ def _launch(composed: DictConfig, run_dir: Path, job: Job) -> float:
             user_paths(composed)
             resolved = resolve(of_run(composed, HydraConfig.get().overrides.task))
             membership.join(resolved.config.trainer)
+            resolved = settled(resolved, run_dir)
             return _do(resolved, run_dir, job)
     except Interrupted as interrupted:
         with suppress(FileError):  # which would let the sweep go on
