@@ -59,6 +59,33 @@ def start(
     )
 
 
+# A sweep of two jobs, of eight steps of 0.2 s each.
+BOTH = "loss=softmax_nll,cross_entropy"
+SLOW_STEPS = (*(word for word in SLOW if "max_steps" not in word), "trainer.max_steps=8")
+
+
+def start_sweep(sweep_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a sweep over two losses."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "train.py"), "-m", BOTH, *SLOW_STEPS),
+            *(f"hydra.sweep.dir={sweep_dir}", *arguments),
+        ],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def until_rows(sweep_dir: Path, rows: int) -> None:
+    """Wait until so many lines are in the metrics.csv of all runs together."""
+    give_up = time.monotonic() + 90
+    while sum(file.read_text().count("\n") for file in sweep_dir.glob("*/metrics.csv")) < rows:
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
 def until_it_trains(process: subprocess.Popen[str], directory: Path, rows: int = 5) -> None:
     """Wait until so many steps are in metrics.csv."""
     give_up = time.monotonic() + 120

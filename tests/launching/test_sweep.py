@@ -28,11 +28,11 @@ from equiloss.records.ledger import ATTEMPT, Ledger
 from equiloss.records.results import Result
 from equiloss.records.writing import FileError
 from equiloss.run import run
+from processes import BOTH, SLOW_STEPS, start_sweep, until_rows
 from support import PYTHONPATH, ROOT, Train, composed, composed_with_hydra, slow
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
 THREE_BY_TWO = ("sweep=losses", "seed=0", "trainer=ddp_cpu", "trainer.devices=2", *FAST)
-BOTH = "loss=softmax_nll,cross_entropy"
 TWO_BY_TWO = (BOTH, *THREE_BY_TWO[1:])
 
 
@@ -484,42 +484,18 @@ def test_a_failed_trial_does_not_end_a_study(train: Train, tmp_path: Path) -> No
     assert {"failed", "completed"} == set(ended)
 
 
-SLOW = ("callbacks=quiet", "logger=csv", "parity=off", "model=custom")
-SLOW += ("model.target=stand_ins:slow", "trainer.max_steps=8", "checkpoint.every_n_steps=2")
-
-
-def started(sweep_dir: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [
-            *(sys.executable, str(ROOT / "train.py"), "-m", BOTH, *SLOW, "trainer.threads=1"),
-            *(f"hydra.sweep.dir={sweep_dir}", *arguments),
-        ],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for_rows(sweep_dir: Path, rows: int) -> None:
-    give_up = time.monotonic() + 90
-    while sum(file.read_text().count("\n") for file in sweep_dir.glob("*/metrics.csv")) < rows:
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
-
-
 @slow  # `make faults` kills sweeps too
 @pytest.mark.parametrize("kills", [(14,), (5, 9, 15)], ids=["in the second job", "three times"])
 def test_a_sweep_that_is_killed_goes_on(kills: tuple[int, ...], tmp_path: Path) -> None:
     """Killed after so many rows of metrics, in whatever it does then."""
     for rows in kills:
-        killed = started(tmp_path / "sweep")
-        wait_for_rows(tmp_path / "sweep", rows)
+        killed = start_sweep(tmp_path / "sweep")
+        until_rows(tmp_path / "sweep", rows)
         time.sleep(random.Random(rows).uniform(0, 0.4))
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
         assert sum(result.status == "completed" for result in results(tmp_path / "sweep")) < 2
-    again = started(tmp_path / "sweep")
+    again = start_sweep(tmp_path / "sweep")
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0, output
     for result, path in zip(
@@ -527,9 +503,7 @@ def test_a_sweep_that_is_killed_goes_on(kills: tuple[int, ...], tmp_path: Path) 
     ):
         assert result.status == "completed"
         whole = tmp_path / result.loss["name"]
-        uninterrupted = run(
-            composed(*SLOW, "trainer.threads=1", f"loss={result.loss['name']}"), whole
-        )
+        uninterrupted = run(composed(*SLOW_STEPS, f"loss={result.loss['name']}"), whole)
         assert set(bits(path, whole).values()) == {0}
         lines = (path.parent / "ledger.jsonl").read_text().splitlines()
         ended = [line for line in map(json.loads, lines) if line.get("directory") == path.name]
@@ -542,10 +516,10 @@ def test_a_sweep_that_is_killed_goes_on(kills: tuple[int, ...], tmp_path: Path) 
 @slow  # of a single run: tests/launching/test_resume.py
 def test_a_second_process_on_a_sweep_is_refused_or_waits(tmp_path: Path) -> None:
     # Long enough for the others to come while it is at work.
-    first = started(tmp_path / "sweep", "trainer.max_steps=30")
-    wait_for_rows(tmp_path / "sweep", 2)
-    second = started(tmp_path / "sweep", "trainer.max_steps=30")
-    waiting = started(tmp_path / "sweep", "trainer.max_steps=30", "in_use=wait")
+    first = start_sweep(tmp_path / "sweep", "trainer.max_steps=30")
+    until_rows(tmp_path / "sweep", 2)
+    second = start_sweep(tmp_path / "sweep", "trainer.max_steps=30")
+    waiting = start_sweep(tmp_path / "sweep", "trainer.max_steps=30", "in_use=wait")
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 1
     assert f"error: {tmp_path}/sweep is in use by process {first.pid} on" in output

@@ -18,6 +18,7 @@ from equiloss.config.loggers import LoggerConfig, MlflowConfig, WandbConfig
 from equiloss.config.metrics import SPLIT_METRICS, MetricsConfig, mode_of, split_metrics
 from equiloss.config.network import ModelConfig
 from equiloss.config.parity import ParityConfig
+from equiloss.config.sweep import SweepConfig
 from equiloss.config.trainer import PRECISIONS, REFUSED_TRAINER_ARGUMENTS, TrainerConfig
 from equiloss.config.training import (
     CallbacksConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "OptimizerConfig",
     "ParityConfig",
     "SchedulerConfig",
+    "SweepConfig",
     "TrainerConfig",
     "WandbConfig",
     "open_dict",
@@ -93,6 +95,7 @@ class Config:
     """Words to find the run by, which change nothing in it."""
     profile: bool = False
     """Print where the time of a fit goes, by stage, and write trace.json, which Perfetto opens."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     progress_bar: bool = True
     """Show progress while the run goes on."""
     model_summary: bool = True

@@ -18,8 +18,10 @@ from equiloss.config.documentation import help_text
 from equiloss.config.metrics import MetricsConfig, mode_of, with_modes
 from equiloss.errors import ConfigError
 
-# What only a person sees: a completed run is the same run without it.
-PRESENTATION = frozenset({"profile", "progress_bar", "model_summary", "resume", "in_use", "tags"})
+# What only a person sees, and how jobs are launched: a completed run is the same run without it.
+PRESENTATION = frozenset(
+    {"profile", "progress_bar", "model_summary", "resume", "in_use", "tags", "sweep.parallel"}
+)
 # Keys that each stored configuration has, whatever its version.
 MARKS = frozenset({"loss", "data", "model", "optimizer", "trainer", "parity", "task", "seed"})
 

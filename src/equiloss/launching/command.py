@@ -16,7 +16,7 @@ from rich.console import Console
 from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import printable
-from equiloss.launching import streams, sweep_table
+from equiloss.launching import forks, streams, sweep_table
 from equiloss.launching.composition_errors import check_words, explain, mendable
 from equiloss.launching.console import plain
 from equiloss.launching.job import TRACEBACKS
@@ -49,6 +49,7 @@ def main(application: Callable[[], Any]) -> None:
     try:
         with interruption.listening(), _environment(variables):
             check_words(sys.argv[1:])
+            forks.install()
             with _ending_for_sure():
                 application()
             sweep = current_sweep()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from omegaconf import DictConfig
 from equiloss.distributed import membership
 from equiloss.launching import ranks, sweep_table
 from equiloss.launching.composition_errors import explain
-from equiloss.launching.sweep import direction
+from equiloss.launching.sweep import direction, worst
 from equiloss.records.ledger import ATTEMPT, Ledger
 
 # What the user wants of HYDRA_FULL_ERROR, which is set for Hydra: in other processes too.
@@ -41,8 +40,8 @@ class Job:
 
     @property
     def worst(self) -> float:
-        """The objective that no sweeper takes for a success."""
-        return -math.inf if self.direction == "maximize" else math.inf
+        """The objective of a job that failed."""
+        return worst(self.direction)
 
     def note(self, status: str, **details: Any) -> None:
         """Tell the sweep how this job is doing."""

@@ -183,14 +183,18 @@ def _run(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     attempt = Ledger(Path(hydra.sweep.dir)).attempt(os.environ.get(ATTEMPT, ""))
     parallel = slots.parallel_jobs(hydra, attempt.jobs if attempt else 0)
     # Beside other jobs one rank is supervised too: its death ends no worker of the launcher.
+    shares = slots.share(Path(hydra.sweep.dir).absolute(), config.trainer, parallel, config.in_use)
+    if slots.AT_ONCE in os.environ and world_size == 1 and config.trainer.accelerator == "cpu":
+        with shares:  # a fork for this job alone
+            in_this_process(resolved, run_dir, run, threads=len(slots.cores()))
+        return
     if membership.external() is None and (world_size > 1 or parallel > 1):
         if config.data.download:
             # Once, before several ranks would fetch the same files into the same place.
             from equiloss.data import datasets
 
             datasets.load(config.data)
-        sweep_dir = Path(hydra.sweep.dir).absolute()
-        with slots.share(sweep_dir, config.trainer, parallel, config.in_use) as variables:
+        with shares as variables:
             ranks.supervise(run_dir, run, world_size, config.trainer, variables)
         if not is_completed(run_dir):
             raise UserError("every rank ended without an error, and without the run's results")
@@ -198,19 +202,28 @@ def _run(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     in_this_process(resolved, run_dir, run)
 
 
-def in_this_process(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
-    """Call a run, with its number of threads; an end of the process is an error of the run."""
+def in_this_process(
+    resolved: ResolvedConfig, run_dir: Path, run: str, threads: int | None = None
+) -> None:
+    """Call a run; an end of the process is an error of the run.
+
+    Args:
+        resolved: The run's configuration.
+        run_dir: Its directory.
+        run: package.module:function.
+        threads: CPU threads unless the configuration has a number (None: torch's own).
+    """
     import torch
 
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
-        if resolved.config.trainer.cpu_threads is not None:
-            torch.set_num_threads(resolved.config.trainer.cpu_threads)
+        if wanted := resolved.config.trainer.cpu_threads or threads:
+            torch.set_num_threads(wanted)
         with _no_exit():
             import_torchmetrics()
             import_target(run, "run", UserError)(resolved, run_dir)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ pipe, and silence is counted in rounds of who listens: while the whole job is su
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -53,6 +54,17 @@ def start_pulse() -> None:
             time.sleep(BEAT_SECONDS)
 
     threading.Thread(target=beat, daemon=True).start()
+
+
+def end_with(descriptor: int) -> None:
+    """End this process when whoever holds the other end of a pipe ends, however that ends."""
+
+    def watch() -> None:
+        while os.read(descriptor, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_traced(pid: int) -> bool:

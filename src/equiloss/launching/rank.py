@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -16,25 +15,10 @@ from equiloss.errors import UserError
 from equiloss.imports import import_target, import_torchmetrics
 from equiloss.launching import streams
 from equiloss.launching.composition_errors import explain
-from equiloss.launching.pulse import start_pulse
+from equiloss.launching.pulse import end_with, start_pulse
 from equiloss.records.atomic import write_atomically
 from equiloss.records.run_dir import CONFIG, TRAIN_LOG, rank_error
 from equiloss.records.writing import FileError
-
-
-def _end_with_parent() -> None:
-    """End this rank when its supervisor ends, however it ends: its pipe then closes."""
-
-    def watch() -> None:
-        # Not sys.stdin: its lock, held while it waits, would be copied into forked loader
-        # workers, which close their stdin and would wait for it for ever.
-        while os.read(descriptor, 1):
-            pass
-        os._exit(1)
-
-    descriptor = sys.stdin.fileno()
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _take_threads(number: int) -> None:
@@ -52,7 +36,9 @@ def _main(run_dir: Path, run: str) -> int:
     interruption.leave_to_the_system()
     start_pulse()
     streams.make_optional()
-    _end_with_parent()
+    # Not sys.stdin: its lock, held while it waits, would be copied into forked loader workers,
+    # which close their stdin and would wait for it for ever.
+    end_with(sys.stdin.fileno())
     try:
         import logging
 

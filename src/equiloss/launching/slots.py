@@ -18,8 +18,10 @@ from pathlib import Path
 
 from hydra.conf import HydraConf
 from hydra.types import RunMode
+from omegaconf import DictConfig
 
-from equiloss.config import TrainerConfig
+from equiloss.config import Config, TrainerConfig
+from equiloss.config.sweep import AUTO
 from equiloss.distributed import membership
 from equiloss.errors import ConfigError
 from equiloss.launching.lock import NoLocksError, lock
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+# In the environment of a job that `equiloss.launching.forks` started: how many run at once.
+AT_ONCE = "EQUILOSS_JOBS_AT_ONCE"
 
 
 def parallel_jobs(hydra: HydraConf, jobs: int) -> int:
@@ -51,9 +55,24 @@ def parallel_jobs(hydra: HydraConf, jobs: int) -> int:
         each = hydra.launcher.ray.remote.get("num_cpus") or 1
         wanted = max(int(len(cores()) / each), 1)
     else:
-        # The basic launcher runs one job at a time, and SLURM divides the machine itself.
-        return 1
+        # SLURM divides the machine itself; a fork of the basic launcher knows of the others.
+        return int(os.environ.get(AT_ONCE, 1))
     return min(wanted, jobs) if jobs else wanted
+
+
+def at_once(config: Config | DictConfig) -> int:
+    """How many jobs `sweep.parallel` lets run at the same time.
+
+    Args:
+        config: Typed, or as Hydra composed it: `sweep` and `trainer` are read.
+    """
+    if config.sweep.parallel != AUTO:
+        return int(config.sweep.parallel)
+    ranks = membership.ranks_asked_for(config.trainer)
+    gpus = _gpus() if config.trainer.accelerator != "cpu" else []
+    if gpus:
+        return max(len(gpus) // ranks, 1)
+    return max(len(cores()) // (ranks * (config.trainer.threads or 1)), 1)
 
 
 def cores() -> list[int]:

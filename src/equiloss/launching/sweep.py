@@ -48,6 +48,11 @@ def direction(sweeper: Any, config: DictConfig) -> str:
     return f"{mode_of(objective, extra)}imize"
 
 
+def worst(direction: str) -> float:
+    """The objective that no sweeper takes for a success."""
+    return -math.inf if direction == "maximize" else math.inf
+
+
 def what_varies(config: DictConfig) -> tuple[list[str], int]:
     """Keys that a multirun varies, and its jobs: 0 if their number cannot be known beforehand."""
     sweeper = config.hydra.sweeper

@@ -1,0 +1,197 @@
+"""Jobs of a sweep at the same time: forks of a process that has imported everything once.
+
+Hydra finds launchers in packages called hydra_plugins alone, and its own is what a sweep has that
+asks for no other: so ours takes its place, and does what it does unless several jobs are asked for.
+Each fork has a session of its own, so that a signal reaches it once, from here.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
+
+from equiloss.config.sweep import SweepConfig
+from equiloss.distributed import interruption
+from equiloss.distributed.interruption import Interrupted
+from equiloss.errors import printable
+from equiloss.launching import slots
+from equiloss.launching.pulse import end_with
+from equiloss.launching.sweep import direction, worst
+from equiloss.records.ledger import ATTEMPT, Ledger
+
+Job = tuple[int, Sequence[str]]
+"""Number and overrides."""
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+
+
+def install() -> None:
+    """Have Hydra's own launcher heed `sweep.parallel`."""
+    Plugins.instance().class_name_to_class[BASIC] = ForkLauncher
+
+
+class ForkLauncher(BasicLauncher):
+    """Hydra's own launcher, which launches one job after the other, in forks side by side."""
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Launch the jobs of a batch, and return what each gave, in their order.
+
+        Raises:
+            ConfigError: for a number of jobs that is none.
+            Interrupted: after a signal, when all jobs have ended.
+        """
+        assert self.config is not None
+        SweepConfig(self.config.sweep.parallel)
+        at_once = min(slots.at_once(self.config), len(job_overrides))
+        if at_once == 1:
+            return super().launch(job_overrides, initial_job_idx)
+        _import_for_all()
+        forks = _Forks(self.config, at_once, super().launch)
+        try:
+            with interruption.last_words(forks.kill):
+                return forks.done([*enumerate(job_overrides, start=initial_job_idx)])
+        except Interrupted as interrupted:
+            forks.end(interrupted.number or signal.SIGTERM)
+            raise
+
+
+def _import_for_all() -> None:
+    """Import what each fork would, without a thread: a lock that one holds would stay held."""
+    from equiloss.imports import import_torchmetrics
+
+    import_torchmetrics()
+    import equiloss.run  # noqa: F401
+
+
+class _Forks:
+    """The jobs of one batch, some of them at work."""
+
+    def __init__(self, config: DictConfig, at_once: int, launch: Callable[..., Any]) -> None:
+        self.config, self.at_once, self.launch = config, at_once, launch
+        self.running: dict[Connection, tuple[Job, BaseProcess]] = {}
+        # Closed for the forks when this process ends, however it does.
+        self.lives, self.holds = os.pipe()
+
+    def done(self, jobs: Sequence[Job]) -> list[JobReturn]:
+        """What the jobs give, so many of them at once."""
+        waiting, returned = deque(jobs), dict[int, JobReturn]()
+        while waiting or self.running:
+            while waiting and len(self.running) < self.at_once:
+                self._start(waiting.popleft())
+            for answers in wait([*self.running]):
+                assert isinstance(answers, Connection)
+                job, process = self.running[answers]
+                try:
+                    returned[job[0]] = answers.recv()
+                    process.join()
+                except EOFError:
+                    process.join()
+                    returned[job[0]] = self._lost(job, process)
+                del self.running[answers]
+                answers.close()
+        return [returned[number] for number, _ in jobs]
+
+    def _start(self, job: Job) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        answers, mine = multiprocessing.Pipe(duplex=False)
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=self._fork, args=(job, mine))
+        process.start()
+        mine.close()
+        self.running[answers] = job, process
+
+    def _lost(self, job: Job, process: BaseProcess) -> JobReturn:
+        """What a job gives whose process ended without a word: the worst, as others that fail."""
+        number, overrides = job
+        code = process.exitcode or 0
+        if interrupted := interruption.of_code(code):
+            raise interrupted  # somebody asked that one job alone
+        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"code {code}"
+        ledger = Ledger(Path(self.config.hydra.sweep.dir).absolute())
+        known = ledger.newest(os.environ.get(ATTEMPT, "")).get(number)
+        error = f"its process ended with {how}"
+        print(printable(f"error: job {number}: {error}"), file=sys.stderr, flush=True)
+        if known is None or known.status == "running":
+            directory = known.directory if known else ""
+            ledger.add(number, directory, "failed", error=error, overrides=[*overrides])
+        return JobReturn(
+            overrides=overrides,
+            status=JobStatus.COMPLETED,
+            _return_value=worst(direction(self.config.hydra.sweeper, self.config)),
+        )
+
+    def _fork(self, job: Job, answers: Connection) -> None:
+        """One job, in a process of its own."""
+        os.setsid()
+        os.close(self.holds)
+        end_with(self.lives)
+        number, overrides = job
+        os.environ[slots.AT_ONCE] = str(self.at_once)
+        sys.stdout, sys.stderr = _Numbered(number, sys.stdout), _Numbered(number, sys.stderr)
+        try:
+            with interruption.last_words(lambda: None):  # the others' end is not this one's affair
+                (returned,) = self.launch([overrides], number)
+        except Interrupted as interrupted:
+            sys.exit(interrupted.code)
+        # Its configurations are of classes that no other process knows, and no sweeper reads them.
+        answers.send(replace(returned, cfg=None, hydra_cfg=None))
+
+    def end(self, number: int) -> None:
+        """Pass a signal on, and wait for all jobs: each stops after its step."""
+        self._signal(number)
+        for _, process in self.running.values():
+            process.join()
+
+    def kill(self) -> None:
+        """End all jobs at once."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        for _, process in self.running.values():
+            with suppress(ProcessLookupError, TypeError):
+                os.kill(process.pid, number)  # type: ignore[arg-type]
+
+
+class _Numbered(io.TextIOBase):
+    """Whole lines with the number of their job before them: several jobs print at once."""
+
+    def __init__(self, number: int, stream: Any) -> None:
+        self.stream, self.mark, self.begun = stream, f"#{number} ", ""
+
+    def isatty(self) -> bool:
+        """No: a bar of one job would overwrite another's."""
+        return False
+
+    def fileno(self) -> int:
+        """That of the stream below."""
+        descriptor: int = self.stream.fileno()
+        return descriptor
+
+    def write(self, text: str) -> int:
+        """Write the lines that are complete; what follows waits for its end."""
+        *lines, self.begun = (self.begun + text).split("\n")
+        if lines and self.stream is not None:
+            self.stream.write("".join(f"{self.mark}{line}\n" for line in lines))
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: lines are written when they end."""
