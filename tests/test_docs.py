@@ -58,7 +58,7 @@ def test_the_loss_of_the_readme_works() -> None:
     from equiloss.losses import get, register, registry
 
     (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    namespace = {"torch": torch}
+    namespace: dict = {}
     exec(code, namespace)
     poly2 = register(namespace["poly2"])
     try:

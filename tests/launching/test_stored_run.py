@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -74,7 +75,7 @@ def test_the_weights_are_those_that_the_run_tested(stored: Path) -> None:
     ("words", "said"),
     [
         (("run={0}",), "run={0} is evaluated, by task=test or task=validate"),
-        (("task=test", "run={0}/none"), "{0}/none/config.yaml is missing"),
+        (("task=test", "run={0}/none"), "{0}/none is no run's directory, which has a config.yaml"),
         (("task=test", "run={0}", "debug=fast"), "debug goes not with run=…"),
     ],
 )
@@ -82,6 +83,11 @@ def test_what_it_is_refused_with(words: tuple[str, ...], said: str, stored: Path
     with pytest.raises(UserError) as refused:
         asked(*(word.format(stored) for word in words))
     assert said.format(stored) in str(refused.value)
+
+
+def test_a_run_that_has_not_completed_is_said_to_be_none(stored: Path, caplog: Any) -> None:
+    asked("task=test", f"run={stored}")
+    assert f"run={stored} has not completed: its weights so far are evaluated" in caplog.text
 
 
 def test_a_strangers_directory_names_no_code(stored: Path) -> None:

@@ -200,6 +200,14 @@ class TestProgress:
         assert line.startswith(f"sweep {tmp_path.name}: 2 done, 1 running, 1 failed, 2 left, about")
         assert line.endswith("best val/acc 0.75 in b")
 
+    def test_what_was_interrupted_tells_no_time(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setenv(ATTEMPT, "now")
+        ledger = Ledger(tmp_path)
+        ledger.begin("now", jobs=2, objective="val/acc", direction="maximize")
+        ledger.add(0, "a", "interrupted", seconds=3.0)
+        line = sweep_table.line(tmp_path, "now")
+        assert line.endswith("0 done, 0 running, 1 interrupted, 1 left")
+
     def test_the_best_by_the_other_direction(self, begun: Ledger, tmp_path: Path) -> None:
         begun.begin("now", jobs=6, objective="val/nll", direction="minimize")
         assert sweep_table.line(tmp_path, "now").endswith("best val/nll 0.25 in a")

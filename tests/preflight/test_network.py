@@ -112,3 +112,12 @@ def test_a_single_row_is_refused_where_a_network_minds(overrides, ranks, refused
     with pytest.raises(ConfigError, match=refused.replace("(", "\\(").replace(")", "\\)")):
         check_single_rows(config, minds, lambda rows: torch.randn(rows, 1, 8, 8), *given)
     assert all(torch.equal(value, before[name]) for name, value in minds.state_dict().items())
+
+
+@pytest.mark.parametrize(("size", "last"), [(383, 1), (50, 0), (574, 2), (100, 50)])
+def test_a_last_batch_of_few_rows_is_pointed_out(size, last, caplog):
+    config = composed(f"data.batch_size={size}").config
+    with caplog.at_level(logging.WARNING):
+        check_single_rows(config, nn.Flatten(), lambda rows: torch.zeros(rows, 1, 8, 8), 1150, 1)
+    said = f"the last batch of each epoch has {last} of its rows, and moves the weights"
+    assert (said in caplog.text) == (last in (1, 2))

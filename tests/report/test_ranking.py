@@ -101,6 +101,17 @@ def test_a_larger_accuracy_is_better(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert table(comparison)[1][1][3] == "+0.25"
 
 
+def test_runs_on_different_data_are_not_ranked(tmp_path: Path) -> None:
+    for number, name in enumerate(("digits", "digits", "mnist")):
+        write_run(tmp_path / str(number), ("a", "b", "c")[number], data={"name": name})
+    comparison = compare(find_runs([tmp_path]))
+    assert comparison.summary(tmp_path, [])[0] == (
+        "no best setting: the runs are on different data (data.name: digits, mnist)"
+    )
+    behind = {row[0]: row[3] for row in table(comparison)[1]}
+    assert sum(apart == "-" for apart in behind.values()) == 2
+
+
 def test_a_setting_without_a_figure_comes_last(tmp_path: Path) -> None:
     edit(write_run(tmp_path / "a", "a"), metrics={"val/nll": math.nan})
     write_run(tmp_path / "b", "b", status="failed")

@@ -225,9 +225,11 @@ def _type(option: Option) -> str:
     """What an option may be.
 
     >>> _type(Option(str, "a", ("a", "b", None))), _type(Option(float, 1.0)), _type(Option(Any, 1))
-    ('a | b | null', 'float', 'typing.Any')
+    ('a | b | null', 'float', 'any')
     """
     if option.choices:
         return " | ".join(map(_default_text, option.choices))
     kind = option.annotation
+    if kind is Any:
+        return "any"
     return kind.__name__ if type(kind) is type else str(kind)

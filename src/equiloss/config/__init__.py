@@ -97,7 +97,7 @@ class Config:
     """Print where the time of a fit goes, by stage, and write trace.json, which Perfetto opens."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     progress_bar: bool = True
-    """Show progress while the run goes on."""
+    """Show progress while the run goes on; train/loss there is that of the last batch."""
     model_summary: bool = True
     """Print the network's layers and parameter counts."""
 
@@ -119,7 +119,8 @@ class Config:
         require(
             (self.ckpt_path is None) == (self.task == "fit"),
             "ckpt_path names the checkpoint for task=validate and task=test, and only there (or "
-            f"run= the directory of its run): task={self.task} ckpt_path={self.ckpt_path}",
+            f"run= the directory of its run): task={self.task} "
+            f"ckpt_path={self.ckpt_path or 'null'}",
         )
 
     def _check_metrics(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import zlib
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from torch import Tensor
 from equiloss.config import DataConfig
 from equiloss.data.splits import Pair, Splits, holdout, in_memory
 from equiloss.errors import DataError
+
+log = logging.getLogger(__name__)
 
 DEFAULT_ROOT = Path("data")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -76,6 +79,7 @@ def _idx_set(
             f"{config.name}: no IDX files in {', '.join(map(str, candidates))}. Set "
             f"data.root= to their directory, download them with data.download=true{hint}"
         )
+    log.info("data=%s is read from %s", config.name, directory)
     train, test = (
         (
             _idx(directory, f"{part}-images-idx3-ubyte").unsqueeze(1),  # [N, H, W] -> [N, 1, H, W]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config.resolved import PRESENTATION, from_stored, leaves
 from equiloss.errors import ConfigError
+from equiloss.launching.resume import is_completed
 from equiloss.records.reading import read_yaml
 from equiloss.records.run_dir import BEST, CHECKPOINTS, CONFIG, LAST
+
+log = logging.getLogger(__name__)
 
 # What a stranger's run does not decide: where is logged, what is fetched, what is shown.
 OF_THE_COMMAND = {"logger", "data.download", *PRESENTATION}
@@ -54,6 +58,10 @@ def of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if composed.task == "fit":
         raise ConfigError(f"run={name} is evaluated, by task=test or task=validate")
     directory = Path(to_absolute_path(os.path.expanduser(str(name))))  # noqa: PTH111
+    if not (directory / CONFIG).is_file():
+        raise ConfigError(f"run={name}: {directory} is no run's directory, which has a {CONFIG}")
+    if not is_completed(directory):
+        log.warning("run=%s has not completed: its weights so far are evaluated", name)
     stored = from_stored(read_yaml(directory / CONFIG))
     if stored is None:
         raise ConfigError(f"run={name}: its {CONFIG} is no configuration of a run")

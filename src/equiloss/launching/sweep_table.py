@@ -101,12 +101,12 @@ def _line(ledger: Ledger, begun: Attempt, entries: dict[int, Entry]) -> str:
     if begun.jobs:
         left = begun.jobs - len(entries)
         parts.append(f"{left} left")
-        ended = [
-            entry for entry in entries.values() if entry.status != "running" and not entry.skipped
-        ]
+        again = [entry for entry in entries.values() if not entry.skipped]
+        # One that was interrupted is still to be done, and says nothing of how long that takes.
+        ended = [entry for entry in again if entry.status in ("completed", "failed")]
         if left and ended:
             elapsed = time.time() - begun.began
-            seconds = elapsed / len(ended) * (left + counts["running"])
+            seconds = elapsed / len(ended) * (left + len(again) - len(ended))
             parts.append(f"about {_duration(seconds)} to go")
     best = _best(begun, entries)
     if best is not None:

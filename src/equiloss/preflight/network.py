@@ -15,8 +15,12 @@ from equiloss.preflight.behaviour import Effect, Found
 
 log = logging.getLogger(__name__)
 
+# A last batch of a smaller part of the others' rows is pointed out.
+FEW = 16
 DEVICES, MICRO_BATCHES = "trainer.devices", "trainer.micro_batch_size"
 TRAINING = (DEVICES, MICRO_BATCHES)
+# A last batch of a smaller part of the others' rows is pointed out.
+FEW = 16
 # What an effect does, and on which keys the results then depend.
 MEANINGS = {
     Effect.DRAWS: (
@@ -82,7 +86,8 @@ def check_single_rows(
 ) -> None:
     """Refuse a split of the work in which a network meets a single row that it cannot train on.
 
-    Batch normalisation has no variance of one value. Whether a network minds is tried out.
+    Batch normalisation has no variance of one value. Whether a network minds is tried out. A last
+    batch of few rows is pointed out.
 
     Args:
         config: Sizes of batches and micro-batches.
@@ -97,6 +102,13 @@ def check_single_rows(
     batch_size = min(config.data.batch_size, train_rows)
     size = config.trainer.micro_batch_size
     last = train_rows % batch_size
+    if 0 < last <= batch_size // FEW:
+        log.warning(
+            "data.batch_size=%d: the last batch of each epoch has %d of its rows, and moves the "
+            "weights as far as a whole one",
+            batch_size,
+            last,
+        )
     single = [rows for rows in (batch_size, last) if rows and 1 in _passes(rows, world_size, size)]
     if not single:
         return

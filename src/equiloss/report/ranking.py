@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from equiloss.config.metrics import mode_of
-from equiloss.report.groups import LARGEST, Group, Spread, with_error
+from equiloss.report.groups import LARGEST, Group, Spread, differing, with_error
 
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, Cornish & Fisher's
 # expansion about the normal distribution's is right to 4 digits.
 T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+# What pictures a run is judged by. Its figures say nothing about runs that are judged by others.
+DATA = ("data.name", "data.target", "data.root", "data.table")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Ranked:
     spread: Spread | None
     """Of the objective over the completed runs."""
     behind: Difference | None
-    """Difference to the best setting; None for that one, and where nothing is known."""
+    """Difference to the best setting; None for that one, on other data, and where it is unknown."""
 
     def describe(self, objective: str) -> str:
         """The setting, its objective, and of how many seeds."""
@@ -60,10 +64,15 @@ class Ranked:
 def best(groups: Sequence[Group], objective: str) -> list[str]:
     """Which setting is best, by how much, and how sure that is; nothing to say of a single one.
 
+    Runs on different data have no best setting, and that is said instead.
+
     Args:
         groups: As `ranked`.
         objective: Name of the metric.
     """
+    if differ := differing([_data(group) for group in groups]):
+        values = (f"{key}: {', '.join(map(str, given))}" for key, given in differ.items())
+        return [f"no best setting: the runs are on different data ({'; '.join(values)})"]
     places = [place for place in ranking(groups, objective) if place.spread is not None]
     if len(places) < 2:
         return []
@@ -96,7 +105,10 @@ def ranking(groups: Sequence[Group], objective: str) -> list[Ranked]:
     """Each group of a ranking, with its difference to the first."""
     values = [_by_seed(group, objective) for group in groups]
     mode = _mode(groups, objective)
-    behind = [difference(each, values[0], mode) for each in values]
+    behind = [
+        difference(each, values[0], mode) if _data(group) == _data(groups[0]) else None
+        for group, each in zip(groups, values, strict=True)
+    ]
     return [
         Ranked(group.label, group.spread(objective), None if group is groups[0] else apart)
         for group, apart in zip(groups, behind, strict=True)
@@ -109,6 +121,10 @@ def _mode(groups: Sequence[Group], objective: str) -> str:
     key = f"metrics.extra.{name}.mode"
     modes = [run.settings[key] for group in groups for run in group.runs if key in run.settings]
     return mode_of(objective, {name: {"mode": modes[0]}} if modes else None)
+
+
+def _data(group: Group) -> dict[str, Any]:
+    return {key: group.runs[0].settings.get(key) for key in DATA}
 
 
 def _by_seed(group: Group, objective: str) -> dict[str, list[float]]:
