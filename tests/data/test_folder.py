@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -254,12 +253,14 @@ def test_headers_are_remembered_until_a_file_changes(tmp_path, monkeypatch, tmp_
     assert looks[8:] == [changed]
     # What is remembered only spares time: damaged, it is read anew.
     (memory,) = (cache / "headers").glob("*.json")
-    whole = memory.read_text()
-    entry = json.loads(whole)["cat/001.png"]
-    worse = (entry.replace("4 6 RGB", text) for text in ("x y RGB", "4", "", "-4 6 RGB", "4 6 R G"))
-    damaged = [whole.replace(entry, text) for text in worse]
-    for damage in ("", "[]", '{"cat/001.png": [1]}', '{"cat/001.png": "x"}', *damaged):
-        memory.write_text(damage)
+    known = remembered.recall(headers.KIND, tmp_path)
+    entry = known["cat/001.png"]
+    worse = [entry.replace("4 6 RGB", text) for text in ("x y RGB", "4", "-4 6 RGB", "4 6 R G")]
+    written = memory.read_text()
+    for damage in ([1], "x", "", *worse, None):
+        remembered.remember(headers.KIND, tmp_path, {**known, "cat/001.png": damage})
+        if damage is None:
+            memory.write_text(written.replace("4 6 RGB", "5 6 RGB"))
         looks.clear()
         assert len(folder(tmp_path).class_names) == 2
         assert changed in looks

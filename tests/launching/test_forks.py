@@ -8,11 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.utils import JobReturn
+from omegaconf import OmegaConf
 
 from equiloss.config import Config, TrainerConfig
 from equiloss.config.sweep import SweepConfig
+from equiloss.distributed import membership
 from equiloss.errors import ConfigError
-from equiloss.launching import slots
+from equiloss.launching import forks, slots
 from equiloss.records.ledger import Entry, Ledger
 from equiloss.records.results import Result
 from processes import BOTH, children, start_sweep, until_rows
@@ -79,9 +83,59 @@ def test_a_job_that_fails_or_is_killed_ends_no_other(train: Train, tmp_path: Pat
     assert sweep.returncode == 1
     lost, whole = newest(tmp_path / "killed")
     assert (lost.status, whole.status) == ("failed", "completed")
-    assert lost.error == "its process ended with signal 9 (SIGKILL)"
+    assert lost.error == "its process ended with SIGKILL"
     assert f"error: job 0 ({lost.directory}): {lost.error}" in output
     assert "Traceback" not in output
+
+
+def test_what_hydra_raises_is_one_line(train: Train, tmp_path: Path) -> None:
+    words = (*FAST, BOTH, AT_ONCE, f"hydra.sweep.dir={tmp_path}/sweep")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "in_the_way").write_text("")
+    subdir = "hydra.sweep.subdir='in_the_way/${loss.name}'"
+    ended = train("-m", *words, subdir, timeout=240)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert [entry.status for entry in newest(tmp_path / "sweep")] == ["failed", "failed"]
+    assert "in_the_way" in newest(tmp_path / "sweep")[0].error
+
+
+def test_a_search_leaks_nothing_and_runs_no_job_in_its_own_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two and of one, as a search of three trials has them."""
+    forks.install()
+    config = OmegaConf.create(
+        {
+            "sweep": {"parallel": 2},
+            "hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": {}},
+            "objective": "val/nll",
+        }
+    )
+    launcher = forks.ForkLauncher()
+    launcher.config = config
+    monkeypatch.setattr(forks, "_import_for_all", lambda: None)
+    monkeypatch.setattr(
+        BasicLauncher,
+        "launch",
+        lambda _, jobs, number: [JobReturn(jobs[0], _return_value=(os.getpid(), number))],
+    )
+    before = set(Path("/proc/self/fd").iterdir())
+    for first, jobs in ((0, [["a=1"], ["a=2"]]), (2, [["a=3"]])):
+        returned = launcher.launch(jobs, first)
+        assert [each.overrides for each in returned] == jobs
+        found = [each._return_value for each in returned]
+        assert [number for _, number in found] == [first + n for n in range(len(jobs))]
+        assert os.getpid() not in {pid for pid, _ in found}
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+def test_under_another_launcher_jobs_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = forks.ForkLauncher()
+    launcher.config = OmegaConf.create({"sweep": {"parallel": 2}})
+    monkeypatch.setattr(membership, "external", lambda: membership.Membership("srun", 0, 2, 0, 2))
+    monkeypatch.setattr(BasicLauncher, "launch", lambda _, jobs, number: "one by one")
+    assert launcher.launch([["a=1"], ["a=2"]], 0) == "one by one"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 from equiloss.losses import description, registry
 from equiloss.losses.description import describe
 from equiloss.records import remembered
+from equiloss.records.remembered import recall, remember
 from support import ROOT
 
 # Both commands as a user gives them, in one process.
@@ -90,12 +90,12 @@ def test_a_changed_file_of_the_package_is_read_anew(cache, reads, monkeypatch, t
 def test_what_is_damaged_is_read_anew(cache, reads):
     right = describe("focal")
     (file,) = (cache / "losses").iterdir()
-    whole = json.loads(file.read_text())
+    written = file.read_text()
+    whole = recall(description.KIND, description.HERE)
     kept = whole["losses"]["focal"]
     gamma = kept["options"]["gamma"]
     for damage in (
-        None,
-        [],
+        {},
         {**whole, "losses": []},
         {**whole, "losses": {"focal": []}},
         {**whole, "losses": {"focal": {}}},
@@ -104,10 +104,17 @@ def test_what_is_damaged_is_read_anew(cache, reads):
             for options in ([], {"gamma": gamma[:2]}, {"gamma": ["complex", *gamma[1:]]})
         ),
     ):
-        file.write_text(json.dumps(damage))
+        remember(description.KIND, description.HERE, damage)
         reads.clear()
         assert describe("focal") == right
         assert reads == ["focal"]
+
+    # Another default, as a single digit makes it.
+    assert written.count("2.0") == 1
+    file.write_text(written.replace("2.0", "3.0"))
+    reads.clear()
+    assert describe("focal") == right
+    assert reads == ["focal"]
 
 
 def test_losses_of_others_are_not_kept(cache):

@@ -101,12 +101,18 @@ def test_a_larger_accuracy_is_better(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert table(comparison)[1][1][3] == "+0.25"
 
 
+def test_large_figures_have_an_interval() -> None:
+    apart = difference({0: [3e100], 1: [5e100]}, {2: [1e100], 3: [2e100]}, "min")
+    scaled = difference({0: [3.0], 1: [5.0]}, {2: [1.0], 3: [2.0]}, "min")
+    assert apart.half_width == pytest.approx(1e100 * scaled.half_width)
+
+
 def test_runs_on_different_data_are_not_ranked(tmp_path: Path) -> None:
     for number, name in enumerate(("digits", "digits", "mnist")):
         write_run(tmp_path / str(number), ("a", "b", "c")[number], data={"name": name})
     comparison = compare(find_runs([tmp_path]))
     assert comparison.summary(tmp_path, [])[0] == (
-        "no best setting: the runs are on different data (data.name: digits, mnist)"
+        "no best setting: runs are judged by different data (data.name: digits, mnist)"
     )
     behind = {row[0]: row[3] for row in table(comparison)[1]}
     assert sum(apart == "-" for apart in behind.values()) == 2

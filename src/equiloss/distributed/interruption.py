@@ -65,6 +65,15 @@ def of_code(code: int) -> Interrupted | None:
     return Interrupted(signal.Signals(code - 128).name, code) if code - 128 in SIGNALS else None
 
 
+def name_of(number: int) -> str:
+    """A signal's name, or its number where it has none, as real-time signals.
+
+    >>> name_of(9), name_of(35)
+    ('SIGKILL', 'signal 35')
+    """
+    return signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+
+
 class _State:
     """What this process was asked; signals belong to a process, not to a run in it."""
 

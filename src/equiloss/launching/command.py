@@ -16,7 +16,7 @@ from rich.console import Console
 from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import printable
-from equiloss.launching import forks, streams, sweep_table
+from equiloss.launching import forks, slots, streams, sweep_table
 from equiloss.launching.composition_errors import check_words, explain, mendable
 from equiloss.launching.console import plain
 from equiloss.launching.job import TRACEBACKS
@@ -45,6 +45,7 @@ def main(application: Callable[[], Any]) -> None:
         # Those of a sweep whose job gives this command are none of its own.
         SWEEP: None,
         ATTEMPT: None,
+        slots.AT_ONCE: None,
     }
     try:
         with interruption.listening(), _environment(variables):

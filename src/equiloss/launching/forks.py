@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,10 +28,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from equiloss.config.sweep import SweepConfig
-from equiloss.distributed import interruption
+from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import printable
 from equiloss.launching import slots
+from equiloss.launching.composition_errors import explain
 from equiloss.launching.pulse import end_with
 from equiloss.launching.sweep import direction, worst
 from equiloss.records.ledger import ATTEMPT, Ledger
@@ -59,17 +61,21 @@ class ForkLauncher(BasicLauncher):
         """
         assert self.config is not None
         SweepConfig(self.config.sweep.parallel)
-        at_once = min(slots.at_once(self.config), len(job_overrides))
-        if at_once == 1:
+        at_once = slots.at_once(self.config)
+        # A rank of torchrun's has ranks beside it, and no jobs. A batch of one is forked too: a
+        # run in this process would leave threads behind that later forks lack.
+        if at_once == 1 or membership.external() is not None:
             return super().launch(job_overrides, initial_job_idx)
         _import_for_all()
         forks = _Forks(self.config, at_once, super().launch)
         try:
-            with interruption.last_words(forks.kill):
-                return forks.done([*enumerate(job_overrides, start=initial_job_idx)])
-        except Interrupted as interrupted:
-            forks.end(interrupted.number or signal.SIGTERM)
+            return forks.done([*enumerate(job_overrides, start=initial_job_idx)])
+        except BaseException as error:
+            number = error.number if isinstance(error, Interrupted) else None
+            forks.end(number or signal.SIGTERM)
             raise
+        finally:
+            forks.close()
 
 
 def _import_for_all() -> None:
@@ -97,15 +103,15 @@ class _Forks:
                 self._start(waiting.popleft())
             for answers in wait([*self.running]):
                 assert isinstance(answers, Connection)
-                job, process = self.running[answers]
                 try:
-                    returned[job[0]] = answers.recv()
-                    process.join()
+                    answer = answers.recv()
                 except EOFError:
-                    process.join()
-                    returned[job[0]] = self._lost(job, process)
-                del self.running[answers]
+                    answer = None
+                job, process = self.running.pop(answers)
                 answers.close()
+                process.join()
+                known = isinstance(answer, JobReturn)
+                returned[job[0]] = answer if known else self._lost(job, process, answer)
         return [returned[number] for number, _ in jobs]
 
     def _start(self, job: Job) -> None:
@@ -114,29 +120,14 @@ class _Forks:
         answers, mine = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
         process = context.Process(target=self._fork, args=(job, mine))
-        process.start()
-        mine.close()
-        self.running[answers] = job, process
-
-    def _lost(self, job: Job, process: BaseProcess) -> JobReturn:
-        """What a job gives whose process ended without a word: the worst, as others that fail."""
-        number, overrides = job
-        code = process.exitcode or 0
-        if interrupted := interruption.of_code(code):
-            raise interrupted  # somebody asked that one job alone
-        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"code {code}"
-        ledger = Ledger(Path(self.config.hydra.sweep.dir).absolute())
-        known = ledger.newest(os.environ.get(ATTEMPT, "")).get(number)
-        error = f"its process ended with {how}"
-        print(printable(f"error: job {number}: {error}"), file=sys.stderr, flush=True)
-        if known is None or known.status == "running":
-            directory = known.directory if known else ""
-            ledger.add(number, directory, "failed", error=error, overrides=[*overrides])
-        return JobReturn(
-            overrides=overrides,
-            status=JobStatus.COMPLETED,
-            _return_value=worst(direction(self.config.hydra.sweeper, self.config)),
-        )
+        # A signal waits until the fork is known, and in the fork until it can be understood.
+        signal.pthread_sigmask(signal.SIG_BLOCK, interruption.SIGNALS)
+        try:
+            process.start()
+            self.running[answers] = job, process
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, interruption.SIGNALS)
+            mine.close()
 
     def _fork(self, job: Job, answers: Connection) -> None:
         """One job, in a process of its own."""
@@ -145,29 +136,54 @@ class _Forks:
         end_with(self.lives)
         number, overrides = job
         os.environ[slots.AT_ONCE] = str(self.at_once)
-        sys.stdout, sys.stderr = _Numbered(number, sys.stdout), _Numbered(number, sys.stderr)
+        streams = _Numbered(number, sys.stdout), _Numbered(number, sys.stderr)
+        sys.stdout, sys.stderr = streams
         try:
-            with interruption.last_words(lambda: None):  # the others' end is not this one's affair
-                (returned,) = self.launch([overrides], number)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, interruption.SIGNALS)
+            (returned,) = self.launch([overrides], number)
+            # Its configurations are of classes that no other process knows, and no sweeper
+            # reads them.
+            answers.send(replace(returned, cfg=None, hydra_cfg=None))
         except Interrupted as interrupted:
             sys.exit(interrupted.code)
-        # Its configurations are of classes that no other process knows, and no sweeper reads them.
-        answers.send(replace(returned, cfg=None, hydra_cfg=None))
+        except Exception as error:  # of Hydra's, before or after the job's own part
+            answers.send(explain(error))
+        finally:
+            for stream in streams:
+                stream.end()
+
+    def _lost(self, job: Job, process: BaseProcess, error: str | None) -> JobReturn:
+        """What a job gives whose process ended without a result: the worst, as others that fail."""
+        number, overrides = job
+        code = process.exitcode or 0
+        if interrupted := interruption.of_code(code):
+            raise interrupted  # somebody asked that one job alone
+        how = interruption.name_of(-code) if code < 0 else f"code {code}"
+        error = error or f"its process ended with {how}"
+        ledger = Ledger(Path(self.config.hydra.sweep.dir).absolute())
+        entry = ledger.newest(os.environ.get(ATTEMPT, "")).get(number)
+        objective = worst(direction(self.config.hydra.sweeper, self.config))
+        if entry is None or entry.status == "running":
+            directory = entry.directory if entry else "no directory"
+            print(printable(f"error: job {number}: {error}"), file=sys.stderr, flush=True)
+            ledger.add(number, directory, "failed", error=error, overrides=[*overrides])
+        elif entry.objective is not None:
+            objective = entry.objective
+        return JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=objective)
 
     def end(self, number: int) -> None:
         """Pass a signal on, and wait for all jobs: each stops after its step."""
-        self._signal(number)
+        for _, process in self.running.values():
+            assert process.pid is not None
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
         for _, process in self.running.values():
             process.join()
 
-    def kill(self) -> None:
-        """End all jobs at once."""
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: int) -> None:
-        for _, process in self.running.values():
-            with suppress(ProcessLookupError, TypeError):
-                os.kill(process.pid, number)  # type: ignore[arg-type]
+    def close(self) -> None:
+        """Let go of what was open for the forks."""
+        for descriptor in (self.lives, self.holds):
+            os.close(descriptor)
 
 
 class _Numbered(io.TextIOBase):
@@ -175,6 +191,7 @@ class _Numbered(io.TextIOBase):
 
     def __init__(self, number: int, stream: Any) -> None:
         self.stream, self.mark, self.begun = stream, f"#{number} ", ""
+        self.lock = threading.Lock()
 
     def isatty(self) -> bool:
         """No: a bar of one job would overwrite another's."""
@@ -187,11 +204,14 @@ class _Numbered(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write the lines that are complete; what follows waits for its end."""
-        *lines, self.begun = (self.begun + text).split("\n")
-        if lines and self.stream is not None:
-            self.stream.write("".join(f"{self.mark}{line}\n" for line in lines))
-            self.stream.flush()
+        with self.lock:
+            *lines, self.begun = (self.begun + text).split("\n")
+            if lines:
+                self.stream.write("".join(f"{self.mark}{line}\n" for line in lines))
+                self.stream.flush()
         return len(text)
 
-    def flush(self) -> None:
-        """Nothing: lines are written when they end."""
+    def end(self) -> None:
+        """Write what has no end of line."""
+        if self.begun:
+            self.write("\n")

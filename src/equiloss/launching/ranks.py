@@ -241,7 +241,7 @@ def _cause(ranks: list[_Rank], run_dir: Path) -> RankError | None:
     for rank in failed:
         code = rank.process.returncode
         if code < 0 and code != -signal.SIGABRT:
-            return RankError(f"rank {rank.number} was killed by {signal.Signals(-code).name}")
+            return RankError(f"rank {rank.number} was killed by {interruption.name_of(-code)}")
     words = []
     for rank in failed:
         file = rank_error(run_dir, rank.number)

@@ -23,11 +23,13 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from equiloss.config.metrics import mode_of, with_modes
+from equiloss.config.trainer import AUTO
 from equiloss.distributed import membership
 from equiloss.errors import UserError
 from equiloss.launching import sweep_table
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.lock import hold
+from equiloss.launching.precision import measure
 from equiloss.records.ledger import ATTEMPT, SWEEP, Entry, Ledger
 
 # Seconds between two looks at a ledger that other processes write.
@@ -97,6 +99,8 @@ class SweepCallback(Callback):
                 direction=direction(config.hydra.sweeper, config),
                 swept=swept,
             )
+            if config.trainer.precision == AUTO:
+                measure(config.trainer.accelerator)  # once, before its jobs keep the device busy
         except (UserError, OSError) as error:
             # Hydra turns an exception of a callback into a warning, and goes on.
             sys.exit(f"error: {explain(error)}")

@@ -72,7 +72,11 @@ def checked(name: str, signature: Signature, options: Mapping[str, Any]) -> dict
 
 
 def _typed(signature: Signature, options: Mapping[str, Any]) -> dict[str, Any]:
-    known = {key: value for key, value in options.items() if key in signature.options}
+    known = {
+        key: value
+        for key, value in options.items()
+        if key in signature.options and not isinstance(value, Tensor)  # of a call from Python
+    }
     try:
         merged = OmegaConf.merge(
             OmegaConf.structured(config_node(CUSTOM, signature.options)), known

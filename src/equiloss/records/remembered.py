@@ -19,14 +19,15 @@ CACHE = "EQUILOSS_CACHE"
 
 
 def recall(kind: str, about: Path) -> dict[str, Any]:
-    """What is kept of a directory; whoever wrote it may have written anything.
+    """What is kept of a directory, if it is what was written; an earlier version may have done so.
 
     Args:
         kind: What is kept, a word.
         about: The directory that it is about.
     """
     with suppress(OSError, ValueError, RuntimeError):  # of too deep a text, or without a home
-        known = json.loads(_file(kind, about).read_text())
+        digest, _, text = _file(kind, about).read_text().partition("\n")
+        known = json.loads(text) if digest == _digest(text) else None
         if isinstance(known, dict):
             return known
     return {}
@@ -37,7 +38,12 @@ def remember(kind: str, about: Path, known: dict[str, Any]) -> None:
     with suppress(OSError, UserError, UnicodeEncodeError, RuntimeError):
         file = _file(kind, about)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(known))
+        text = json.dumps(known)
+        write_atomically(file, f"{_digest(text)}\n{text}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _file(kind: str, about: Path) -> Path:

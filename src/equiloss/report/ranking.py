@@ -18,7 +18,10 @@ T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622,
 
 
 # What pictures a run is judged by. Its figures say nothing about runs that are judged by others.
-DATA = ("data.name", "data.target", "data.root", "data.table")
+DATA = (
+    *("data.name", "data.target", "data.root", "data.table", "data.max_samples"),
+    *("data.split_seed", "data.val_fraction", "data.test_fraction"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def best(groups: Sequence[Group], objective: str) -> list[str]:
     """
     if differ := differing([_data(group) for group in groups]):
         values = (f"{key}: {', '.join(map(str, given))}" for key, given in differ.items())
-        return [f"no best setting: the runs are on different data ({'; '.join(values)})"]
+        return [f"no best setting: runs are judged by different data ({'; '.join(values)})"]
     places = [place for place in ranking(groups, objective) if place.spread is not None]
     if len(places) < 2:
         return []
@@ -169,9 +172,10 @@ def difference(
         return Difference(mean, None)
     else:
         parts = [(statistics.variance(v) / len(v), len(v) - 1) for v in (mine, theirs)]
-        error = math.sqrt(sum(part for part, _ in parts))
-        denominator = sum(part**2 / n for part, n in parts)
-        freedom = error**4 / denominator if denominator else 1.0
+        total = sum(part for part, _ in parts)
+        error = math.sqrt(total)
+        # Shares, since squares of large figures are infinite.
+        freedom = 1 / sum((part / total) ** 2 / n for part, n in parts) if total else 1.0
     return Difference(mean, t975(freedom) * error)
 
 
