@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from equiloss.errors import UserError
@@ -29,6 +30,11 @@ def foreign_code() -> Iterator[None]:
         raise
     except BaseException as error:
         raise RuntimeError(f"it would end the process ({type(error).__name__}: {error})") from error
+
+
+def import_from_here() -> None:
+    """Have modules in the current directory found before others, as `python train.py` does."""
+    sys.path.insert(0, str(Path.cwd()))
 
 
 def import_torchmetrics() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from equiloss.cli import braille
+from equiloss.cli import braille, catalogue
 from equiloss.cli.main import app
 from equiloss.errors import LossError
 from equiloss.invariance import proof
@@ -222,6 +223,36 @@ class TestPage:
 @pytest.mark.parametrize("values", [[2.0, 2.0, 2.0, 2.0], [math.nan] * 4, []], ids=str)
 def test_a_curve_without_a_span_is_drawn(values):
     assert len(braille.curve("flat", values, height=3)) == 4
+
+
+def test_a_reader_that_goes_away_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "broken pipe")
+
+    monkeypatch.setattr(catalogue, "read_entry", gone)
+    result = CliRunner().invoke(app, ["losses", "focal"])
+    assert (result.exit_code, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ELOOP, "", "x"),
+            "cannot use x: too many levels of symbolic links: name another",
+        ),
+        (MemoryError("1 TiB"), "out of memory: what is read must fit (1 TiB)"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
+    def refused(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(catalogue, "read_entry", refused)
+    result = CliRunner().invoke(app, ["losses", "focal"])
+    assert (result.exit_code, result.stderr) == (1, f"error: {line}\n")
 
 
 def test_without_a_command_it_explains_itself():

@@ -31,6 +31,14 @@ def test_a_text_is_replaced_or_left(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {file.name: "before"}
 
 
+def test_another_place_is_named_as_the_caller_does(tmp_path: Path) -> None:
+    file = tmp_path / "no" / "found.csv"
+    with pytest.raises(FileError) as caught:
+        write_atomically(file, "text", "name another file with --output")
+    why = "no such file or directory: name another file with --output"
+    assert str(caught.value) == f"cannot write {file}: {why}"
+
+
 def full(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "")
 

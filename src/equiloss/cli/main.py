@@ -19,9 +19,9 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from equiloss.cli import catalogue, prediction
-from equiloss.errors import LossError, UserError, printable, unknown
-from equiloss.imports import foreign_code
-from equiloss.launching.composition_errors import explain
+from equiloss.errors import LossError, printable, unknown
+from equiloss.imports import foreign_code, import_from_here
+from equiloss.launching.composition_errors import explain, mendable
 from equiloss.launching.console import plain
 from equiloss.losses import registry
 from equiloss.losses.adapter import adapted
@@ -34,8 +34,12 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+        except BrokenPipeError:
+            raise  # click ends quietly where nobody reads on
+        except Exception as error:
+            if not mendable(error):
+                raise
+            print(f"error: {explain(error, of_a_run=False)}", file=sys.stderr)
             raise typer.Exit(1) from error
 
 
@@ -164,7 +168,7 @@ def verify_losses(
     from equiloss.conformance.verdict import as_json_data, show
 
     if any(":" in name for name in names or ()):
-        sys.path.insert(0, str(Path.cwd()))  # as `python train.py` does
+        import_from_here()
     given = _given_options(names or (), options or ())
     with Console(stderr=True).status("") as status:
         verdicts = verify_all(names or registry.names(), given, tell=status.update)

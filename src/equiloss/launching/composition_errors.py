@@ -14,10 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from equiloss.config import REFUSED_TRAINER_ARGUMENTS
 from equiloss.errors import ConfigError, UserError, brief, first_line, unknown
-from equiloss.records.writing import refusal
+from equiloss.records.writing import ELSEWHERE, refusal
 
-# The parser of overrides begins its messages with one.
-EXCEPTION_NAME = re.compile(r"\b\w*(Error|Exception|Warning): ?")
+# The parser of overrides begins its messages with one, and a resolver that fails is named by it.
+EXCEPTION_NAME = re.compile(
+    r"\b\w*(Error|Exception|Warning)( raised while resolving interpolation)?: ?"
+)
 
 NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed")
 
@@ -37,16 +39,20 @@ def check_words(words: Sequence[str]) -> None:
             raise ConfigError(f"{word[:100]}… has a number of more than 4300 digits: shorten it")
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, *, of_a_run: bool = True) -> str:
     """One line that names the culprit, the rule and the choices, whatever the user's values hold.
+
+    Args:
+        error: What was raised.
+        of_a_run: Whether by a run, whose keys are then the way out.
 
     >>> explain(UserError("seed must lie in [0, 2**32), got -1"))
     'seed must lie in [0, 2**32), got -1'
     """
-    return brief(_explained(error))
+    return brief(_explained(error, of_a_run))
 
 
-def _explained(error: BaseException) -> str:
+def _explained(error: BaseException, of_a_run: bool) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -55,12 +61,12 @@ def _explained(error: BaseException) -> str:
     if of_composition(error):
         return _explain_composition(error)
     if _no_memory(error):
-        what = "data, network, batch and trainer.micro_batch_size must fit"
-        return f"out of memory: {what} ({first_line(error)})"
+        parts = "data, network, batch and trainer.micro_batch_size" if of_a_run else "what is read"
+        return f"out of memory: {parts} must fit ({first_line(error)})"
     # The logging module makes a ValueError of a log file that cannot be opened.
     for refused in (error, error.__cause__):
         if isinstance(refused, OSError) and refused.errno is not None:
-            return refusal(refused)
+            return refusal(refused, elsewhere=ELSEWHERE if of_a_run else "name another")
     return f"{type(error).__name__}: {error}"
 
 

@@ -23,10 +23,14 @@ class FileError(UserError):
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
     """Name the file that is being written while the context lasts, if it cannot be.
 
     A full disk names none, and a library that writes may hide the disk's error behind its own.
+
+    Args:
+        path: The file.
+        elsewhere: How to name another place: by default, that of a run.
 
     Raises:
         FileError: where the operating system has refused something, whatever was made of it.
@@ -41,10 +45,10 @@ def writing(path: Path) -> Iterator[None]:
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        raise FileError(refusal(cause, path)) from error
+        raise FileError(refusal(cause, path, elsewhere)) from error
 
 
-def refusal(error: OSError, path: Path | None = None) -> str:
+def refusal(error: OSError, path: Path | None = None, elsewhere: str = ELSEWHERE) -> str:
     """One line: what cannot be written or, where no `path` is known, used; why; and the way out.
 
     >>> refusal(OSError(errno.ENOSPC, ""), Path("runs/1/results.json"))
@@ -58,5 +62,5 @@ def refusal(error: OSError, path: Path | None = None) -> str:
         culprit = next((place for place in Path(culprit).parents if place.is_file()), culprit)
     number = error.errno or 0
     verb = "use" if path is None else "write"
-    way_out = WAYS_OUT.get(number, ELSEWHERE)
+    way_out = WAYS_OUT.get(number, elsewhere)
     return f"cannot {verb} {culprit}: {os.strerror(number).lower()}: {way_out}"
