@@ -54,7 +54,7 @@ def test_three_lines_in_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if output.output_type == "display_data"
     ]
     training, testing = (text for text in displayed if "left" in text)
-    assert re.match(r"epoch 2/2 ━+ 46/46 steps .* train/loss 0\.\d+  val/loss", training)
+    assert re.match(r"epoch 2/2 ━+ 46/46 steps .* val/loss 0\.\d+  val/acc 0\.\d+$", training)
     assert re.match(r"testing ━+ 1/1 batches", testing)
     assert said[1].endswith("accuracy True\n")
     assert "epoch 2/2: train/loss" in said[2]  # a rank of its own prints lines

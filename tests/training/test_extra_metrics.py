@@ -13,7 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from equiloss.config import Config
-from equiloss.config.metrics import with_modes
+from equiloss.config import metrics as metrics_config
+from equiloss.config.metrics import MetricsConfig, with_modes
 from equiloss.distributed.process_groups import run_ranks
 from equiloss.errors import ConfigError
 from equiloss.training.extra_metrics import ExtraMetrics
@@ -94,6 +95,38 @@ def test_what_fails_is_not_measured_and_the_rest_is(caplog: pytest.LogCaptureFix
             assert values["f1"] > 0
     assert caplog.messages == ["metrics.extra.mine cannot be measured: cannot go on"] * 2
     assert math.isnan(metrics.take()["f1"])  # nothing was added since
+
+
+def test_a_row_of_nan_is_no_prediction_of_the_first_class(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    metrics = ExtraMetrics({"a": {"name": "Accuracy", "average": "micro"}}, 3)
+    target = torch.tensor([0, 0, 1, 2])
+    metrics.update(torch.full((4, 3), math.nan), target)
+    assert math.isnan(metrics.take()["a"])
+    assert caplog.messages == [
+        "metrics.extra.a cannot be measured: the probabilities of some rows are NaN"
+    ]
+    metrics.update(torch.eye(3)[target], target)  # of the next evaluation
+    assert metrics.take()["a"] == 1
+
+
+def test_torchmetrics_is_imported_without_the_second_that_scipy_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(metrics_config, "import_torchmetrics", lambda: seen.append(True))
+    with_modes({"f1": "F1Score"})
+    assert seen == [True]
+
+
+def test_a_name_alone_does_not_say_which_end_is_better() -> None:
+    """`resolve` writes out what torchmetrics knows; whoever did not must say it."""
+    extra = MetricsConfig({"f1": "F1Score"})
+    with pytest.raises(
+        ConfigError, match=r"val/f1 is watched, and .*: set metrics\.extra\.f1\.mode"
+    ):
+        Config(loss={"name": "focal"}, metrics=extra, objective="val/f1")
 
 
 def test_a_run_logs_them_and_keeps_the_best(run_here: Run) -> None:

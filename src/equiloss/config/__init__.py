@@ -7,6 +7,7 @@ no sense. Defaults live here, and the files in `conf/` hold only what distinguis
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,7 +132,7 @@ class Config:
         for watched in (self.objective, self.checkpoint.monitor, self.early_stopping.monitor):
             entry = extra.get(watched.partition("/")[2], {"mode": "known"})
             require(
-                isinstance(entry, str) or bool(entry.get("mode")),
+                isinstance(entry, Mapping) and bool(entry.get("mode")),
                 f"{watched} is watched, and which end of it is better is not known: set "
                 f"metrics.extra.{watched.partition('/')[2]}.mode=min or max",
             )

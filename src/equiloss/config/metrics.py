@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from equiloss.config.checks import open_dict, require
 from equiloss.errors import choose
+from equiloss.imports import import_torchmetrics
 
 SPLIT_METRICS = ("loss", "nll", "acc", "balanced_acc", "acc_top5", "ece")
 
@@ -35,8 +36,8 @@ class MetricsConfig:
                 choose(f"{key}.mode", str(entry["mode"]), ("min", "max"))
 
 
-def split_metrics(extra: Mapping[str, Any]) -> list[str]:
-    """Names of all metrics of a split.
+def split_metrics(extra: Iterable[str]) -> list[str]:
+    """Names of all metrics of a split, of which some are extra.
 
     >>> split_metrics({"f1": "F1Score"})[-2:]
     ['ece', 'f1']
@@ -89,7 +90,8 @@ def torchmetrics_class(key: str, name: str) -> Any:
     Raises:
         ConfigError: naming the near miss.
     """
-    from torchmetrics import classification  # takes seconds, and few runs need it
+    import_torchmetrics()  # which takes seconds, and few runs need it
+    from torchmetrics import classification
 
     prefix = "Multiclass"
     known = [each.removeprefix(prefix) for each in classification.__all__ if prefix in each]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from equiloss.config import Config, ModelConfig
-from equiloss.errors import ModelError, UserError, unknown
+from equiloss.errors import ModelError, UserError, first_line, unknown
 from equiloss.imports import import_target
 from equiloss.models.dropout import RowKeys, key_dropout
 from equiloss.models.networks import MLP, ConvNet
@@ -60,8 +60,11 @@ def build_network(
         model = make(*sizes, **options)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"model {config.name!r} with options {options}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and config.name == "custom":
+            raise  # a fault of that code, and not of its options
+        why = first_line(error)
+        raise ModelError(f"model {config.name!r} with options {options}: {why}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {config.name!r} is a {type(model).__name__}, not an nn.Module")
     key_dropout(model, row_keys)

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equiloss.config import SPLIT_METRICS
+from equiloss.config.metrics import split_metrics
 from equiloss.errors import RecordError
 from equiloss.records.atomic import write_atomically
 from equiloss.records.reading import build, fits, read_json
@@ -62,7 +62,7 @@ def metric_names(formulations: Sequence[str], extra: Iterable[str] = ()) -> list
     """
     return [
         *(f"train/{name}" for name in TRAIN_METRICS),
-        *(f"{split}/{name}" for split in ("val", "test") for name in (*SPLIT_METRICS, *extra)),
+        *(f"{split}/{name}" for split in ("val", "test") for name in split_metrics(extra)),
         *(
             f"parity/{formulation}/{name}"
             for formulation in formulations

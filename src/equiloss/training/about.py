@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
-from equiloss.config import Config
+from equiloss.config import PRECISIONS, Config
 from equiloss.data.splits import Splits
 from equiloss.errors import CheckpointError
 from equiloss.models.build import memory_order
-from equiloss.records.reading import build
+from equiloss.records.reading import build, fits
+
+# What of the network's configuration is kept.
+MODEL = {"name": str, "target": str | None, "options": dict[str, Any]}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class About:
         """What a run's checkpoints say."""
         model = asdict(config.model)
         return cls(
-            model={key: model[key] for key in ("name", "target", "options")},
+            model={key: model[key] for key in MODEL},
             class_names=list(splits.class_names),
             image_shape=list(splits.image_shape),
             image_size=config.data.image_size,
@@ -76,6 +79,20 @@ class About:
                 "are for: evaluate it by task=test run=DIR"
             )
         try:
-            return build(cls, saved)
+            about = build(cls, saved)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is of another version of equiloss") from error
+        channels = about.image_shape[:1]
+        rules = {
+            "model": about.model.keys() == MODEL.keys() and fits(about.model, MODEL),
+            "image_shape": len(about.image_shape) == 3 and min(about.image_shape) > 0,
+            "mean": [len(about.mean)] == channels,
+            "std": [len(about.std)] == channels,
+            "range": about.range is None or len(about.range) == 2,
+            "precision": about.precision in PRECISIONS,
+        }
+        if odd := [name for name, holds in rules.items() if not holds]:
+            raise CheckpointError(
+                f"{path} is of another version of equiloss: its {', '.join(odd)} cannot be read"
+            )
+        return about

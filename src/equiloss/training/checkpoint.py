@@ -20,7 +20,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from equiloss.config import CheckpointConfig
-from equiloss.config.metrics import mode_of
 from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.reading import fits
@@ -153,7 +152,7 @@ class Checkpoints(Checkpoint):
             Interrupted: on every rank, where a signal has asked for it inside an epoch.
         """
         value = pl_module.progress.scalars[self.config.monitor]
-        sign = -1 if (self.config.mode or mode_of(self.config.monitor)) == "max" else 1
+        sign = -1 if self.config.mode == "max" else 1
         better = self.best is None or sign * value < sign * self.best
         if math.isnan(value):
             better = not self._has_best

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from equiloss.config.checks import require
 from equiloss.config.metrics import torchmetrics_class
 from equiloss.distributed import collectives
 from equiloss.errors import ConfigError, first_line
@@ -61,6 +62,9 @@ class ExtraMetrics:
         if len(target):
             for name, metric in self.metrics.items():
                 with self._survived(name):
+                    # Of which a metric would take the first for the most probable.
+                    known = not probabilities.isnan().any()
+                    require(known, "the probabilities of some rows are NaN")
                     metric.to(probabilities.device).update(probabilities, target)
 
     def take(self) -> dict[str, float]:

@@ -67,6 +67,8 @@ class LiveProgress(Callback):
         """One batch more."""
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0])
+            if time.monotonic() - self._shown > INTERVAL:
+                self._draw(self._bar)
 
     def on_exception(self, *_: Any) -> None:
         """Leave the terminal as it was."""
@@ -87,23 +89,31 @@ class LiveProgress(Callback):
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
+            console=self._console(),
         )
         description = "training" if unit == "steps" else "testing"
         self._bar.add_task(description, total=total, completed=done, values="")
         self._start(self._bar)
+
+    def _console(self) -> Console:
+        return get_console()
 
     def _start(self, bar: Progress) -> None:
         bar.start()
 
     def _show(self, trainer: Trainer, classifier: Classifier) -> None:
         assert self._bar is not None
-        self._shown = time.monotonic()
         self._bar.update(
             self._bar.task_ids[0],
             description=epoch_of(trainer),
             completed=classifier.global_step,
             values=_text(classifier, self._bar.console.width - BEFORE),
         )
+        self._draw(self._bar)
+
+    def _draw(self, bar: Progress) -> None:
+        """Rich draws a bar on a terminal by itself."""
+        self._shown = time.monotonic()
 
     def _end(self) -> None:
         if self._bar is not None:
@@ -117,28 +127,26 @@ class NotebookProgress(LiveProgress):
     Rich's own need ipywidgets for that.
     """
 
+    def _console(self) -> Console:
+        return Console(file=io.StringIO(), width=WIDTH, force_jupyter=False, force_terminal=False)
+
     def _start(self, bar: Progress) -> None:
         from IPython import display  # there is a kernel, and so there is this
 
         show: Any = display.display
         self._output = show({"text/plain": ""}, raw=True, display_id=True)
-        self._write(bar)
+        self._draw(bar)
 
-    def _show(self, trainer: Trainer, classifier: Classifier) -> None:
-        super()._show(trainer, classifier)
-        if self._bar is not None:
-            self._write(self._bar)
+    def _draw(self, bar: Progress) -> None:
+        super()._draw(bar)
+        with bar.console.capture() as captured:
+            bar.console.print(bar.get_renderable())
+        self._output.update({"text/plain": captured.get().rstrip()}, raw=True)
 
     def _end(self) -> None:
         if self._bar is not None:
-            self._write(self._bar)
+            self._draw(self._bar)
         self._bar = None
-
-    def _write(self, bar: Progress) -> None:
-        page = Console(file=io.StringIO(), width=WIDTH, force_jupyter=False, force_terminal=False)
-        with page.capture() as captured:
-            page.print(bar.get_renderable())
-        self._output.update({"text/plain": captured.get().rstrip()}, raw=True)
 
 
 class EpochLines(Callback):
