@@ -18,9 +18,12 @@ import equiloss
 from equiloss import compose, fit, load
 from equiloss.data.datasets import load as load_data
 from equiloss.data.sampler import Slice
+from equiloss.distributed.interruption import Interrupted
 from equiloss.errors import ConfigError, UserError
-from equiloss.records.results import read_metrics
-from support import ROOT, final_weights, slow
+from equiloss.launching import notebook, ranks
+from equiloss.records.results import Result, read_metrics
+from equiloss.records.run_dir import TRACEBACK
+from support import ROOT, final_weights, slow, wrong_with
 
 PAGE = (ROOT / "docs" / "use.md").read_text()
 FAST = ("debug=fast", "callbacks=quiet", "logger=csv", "model=mlp", "trainer.threads=1")
@@ -65,12 +68,75 @@ def test_two_ranks_from_python_are_those_of_the_command(tmp_path: Path) -> None:
         ("trainer.max_epochs=many", "trainer.max_epochs"),
         ("data.batch_size=0", "data.batch_size must be positive, got 0"),
         ("optimizer.lr", "optimizer.lr"),
+        ("seed=${nope}", "seed: Interpolation key 'nope' not found"),
+        ("data.root=${oc.env:NO_SUCH}", "data.root: \"Environment variable 'NO_SUCH' not found\""),
+        ("model=null", "a group takes the name of a file of conf/"),
+        ("run=somewhere", "run=somewhere is evaluated, by task=test or task=validate"),
     ],
 )
 def test_a_wrong_word_is_named(word: str, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(word)
     assert line in str(caught.value)
+    assert wrong_with(str(caught.value)) is None
+
+
+def test_files_of_a_project_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("name: mlp\noptions: {widths: [3]}\n")
+    monkeypatch.chdir(tmp_path)
+    assert compose("model=mine").config.model.options == {"widths": [3]}
+    assert compose("optimizer=adamw").config.optimizer.name == "AdamW"  # shipped
+
+
+def test_a_run_is_evaluated_by_its_own_configuration(tmp_path: Path) -> None:
+    done = fit(compose(*FAST, "loss=focal"), tmp_path / "run")
+    config = compose("task=test", f"run={tmp_path / 'run'}")
+    assert config.config.loss["name"] == "focal"
+    again = fit(config, tmp_path / "again")
+    assert again.metrics["test/nll"] == done.metrics["test/nll"]
+
+
+def test_a_run_that_fails_is_recorded(tmp_path: Path) -> None:
+    config = compose(*FAST, "data=image_folder", f"data.root={tmp_path}/none")
+    with pytest.raises(UserError) as caught:
+        fit(config, tmp_path / "run")
+    result = Result.read(tmp_path / "run")
+    assert (result.status, result.error) == ("failed", str(caught.value))
+    assert "Traceback" in (tmp_path / "run" / TRACEBACK).read_text()
+
+
+def test_data_are_fetched_once_before_ranks_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("equiloss.data.datasets.load", lambda _: seen.append("data"))
+    monkeypatch.setattr(ranks, "supervise", lambda *_: seen.append("ranks"))
+    words = ("trainer=ddp_cpu", "trainer.devices=2", "data.download=true")
+    with pytest.raises(UserError, match="every rank ended without an error, and without the run's"):
+        fit(compose(*FAST, *words), tmp_path / "run")
+    assert seen == ["data", "ranks"]
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "run"
+    stopping = f"{__name__}:stopping"
+    monkeypatch.setattr(notebook, "RUN", stopping)
+    with pytest.raises(Interrupted):
+        fit(compose(*FAST), place)
+    assert Result.read(place).status == "interrupted"
+    assert f"interrupted by SIGINT after 0 steps: fit(config, '{place}') goes on" in (
+        capsys.readouterr().err
+    )
+
+
+def stopping(_: object, place: Path) -> None:
+    """A run that is interrupted with a state on disk."""
+    (place / "checkpoints").mkdir()
+    (place / "checkpoints" / "last.ckpt").write_bytes(b"")
+    raise Interrupted("SIGINT", 130)
 
 
 def test_a_users_own_directory_is_found() -> None:

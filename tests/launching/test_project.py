@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from equiloss.cli.main import app
 from equiloss.config import resolved
 from equiloss.config.shipped import CONF, PROJECT
+from equiloss.errors import ConfigError
 from equiloss.launching.project import new
 from equiloss.losses import config_source
 
@@ -35,6 +37,16 @@ def test_a_new_project_is_a_copy(tmp_path: Path) -> None:
     assert {"train.py", "my_loss.py", "my_network.py", "conf/experiment/small.yaml"} <= names
     for file in files:
         assert file.read_text() == (PROJECT / file.relative_to(tmp_path / "demo")).read_text()
+
+
+def test_what_cannot_be_copied_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise shutil.Error([("here", "there", "[Errno 28] No space left"), ("a", "b", "why")])
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(ConfigError) as caught:
+        new(tmp_path / "demo")
+    assert str(caught.value) == f"cannot write {tmp_path / 'demo'}: [Errno 28] No space left"
 
 
 @pytest.mark.parametrize("there", ["file", "directory"])

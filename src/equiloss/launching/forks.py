@@ -25,8 +25,9 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from equiloss.config import DataConfig
 from equiloss.config.sweep import SweepConfig
 from equiloss.distributed import interruption, membership
 from equiloss.distributed.interruption import Interrupted
@@ -67,6 +68,7 @@ class ForkLauncher(BasicLauncher):
         if at_once == 1 or membership.external() is not None:
             return super().launch(job_overrides, initial_job_idx)
         _import_for_all()
+        _fetch(self.config)
         forks = _Forks(self.config, at_once, super().launch)
         try:
             return forks.done([*enumerate(job_overrides, start=initial_job_idx)])
@@ -84,6 +86,22 @@ def _import_for_all() -> None:
 
     import_torchmetrics()
     import equiloss.run  # noqa: F401
+
+
+def _fetch(config: DictConfig) -> None:
+    """Download once what the jobs would fetch into the same place, in a fork that ends.
+
+    Whatever is wrong with it, the jobs will say.
+    """
+    if config.data.download:
+        from equiloss.data import datasets
+
+        typed = OmegaConf.merge(OmegaConf.structured(DataConfig), config.data)
+        load = multiprocessing.get_context("fork").Process(
+            target=datasets.load, args=(OmegaConf.to_object(typed),)
+        )
+        load.start()
+        load.join()
 
 
 class _Forks:

@@ -12,18 +12,16 @@ from typing import Any
 import numpy as np
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.errors import HydraException
 
 from equiloss.config.resolved import ResolvedConfig, register_schema, resolve
-from equiloss.config.shipped import CONF
-from equiloss.distributed import interruption, membership
+from equiloss.distributed import interruption
 from equiloss.errors import ConfigError
-from equiloss.launching import ranks
-from equiloss.launching.composition_errors import check_words, explain
-from equiloss.launching.launch import in_this_process
-from equiloss.launching.project import RUN
+from equiloss.launching.attempt import attempt
+from equiloss.launching.composition_errors import check_words, explain, of_composition
+from equiloss.launching.precision import settled
+from equiloss.launching.project import RUN, config_dir
 from equiloss.launching.resume import claim
-from equiloss.launching.stored_run import user_paths
+from equiloss.launching.stored_run import of_run, user_paths
 from equiloss.losses import config_source
 from equiloss.records.results import Result, read_columns
 
@@ -57,11 +55,15 @@ class Fitted:
 def compose(*overrides: str) -> ResolvedConfig:
     """Compose a configuration, as `equiloss train OVERRIDES` does it.
 
+    Files of ./conf come before the shipped ones, and `task=test run=DIR` is a run's own
+    configuration.
+
     Args:
         overrides: As on the command line, `loss=focal` or `trainer.max_epochs=5`.
 
     Raises:
         ConfigError: naming the override, the rule and the choices.
+        RecordError: if the configuration of `run=DIR` cannot be read.
 
     >>> compose("model=mlp", "seed=3").config.seed
     3
@@ -70,12 +72,14 @@ def compose(*overrides: str) -> ResolvedConfig:
     config_source.install()
     try:
         check_words(list(overrides))
-        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        with initialize_config_dir(config_dir(), version_base="1.3"):
             composed = hydra_compose("config", overrides=list(overrides))
-    except HydraException as error:
+        user_paths(composed)
+        return resolve(of_run(composed, overrides))
+    except Exception as error:
+        if not of_composition(error):
+            raise
         raise ConfigError(explain(error)) from error
-    user_paths(composed)
-    return resolve(composed)
 
 
 def fit(config: ResolvedConfig, directory: str | os.PathLike[str] | None = None) -> Fitted:
@@ -94,10 +98,8 @@ def fit(config: ResolvedConfig, directory: str | os.PathLike[str] | None = None)
     """
     place = Path(f"runs/{config.config.task}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     place = place if directory is None else Path(directory)
-    world_size = membership.ranks_asked_for(config.config.trainer)
+    config = settled(config, place)
     with interruption.listening(), claim(place, config) as todo:
-        if todo and world_size > 1:
-            ranks.supervise(place, RUN, world_size, config.config.trainer)
-        elif todo:
-            in_this_process(config, place, RUN)
+        if todo:
+            attempt(config, place, RUN, again=f"fit(config, {str(place)!r})")
     return Fitted(place, Result.read(place))

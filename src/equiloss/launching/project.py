@@ -27,18 +27,19 @@ def train(arguments: Sequence[str]) -> None:
     """
     register_schema()
     config_source.install()
-    own = Path("conf").absolute()
     sys.argv = ["equiloss train", *arguments]
 
-    @hydra.main(
-        version_base="1.3",
-        config_path=str(own if own.is_dir() else CONF),
-        config_name="config",
-    )
+    @hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")
     def application(composed: DictConfig) -> float:
         return launch(composed, run=RUN)
 
     command.main(application)
+
+
+def config_dir() -> str:
+    """./conf of a project, whose files come before the shipped ones, or else these alone."""
+    own = Path("conf").absolute()
+    return str(own if own.is_dir() else CONF.resolve())
 
 
 def new(directory: Path) -> list[Path]:
@@ -54,5 +55,7 @@ def new(directory: Path) -> list[Path]:
             PROJECT, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
         )
     except OSError as error:
-        raise ConfigError(f"cannot write {directory}: {error.strerror or error}") from error
+        # copytree goes on after an error, and lists them: from where, to where, why.
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise ConfigError(f"cannot write {directory}: {why}") from error
     return sorted(file for file in directory.rglob("*") if file.is_file())
