@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -15,7 +17,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from equiloss.cli.main import app
+from equiloss.prediction import files
+from equiloss.prediction.model import load
+from equiloss.records.reading import parse_json
 from equiloss.run import run
+from equiloss.training.checkpoint_file import AtomicCheckpointIO
 from support import composed, slow, wrong_with
 
 
@@ -88,10 +94,10 @@ def test_what_is_broken_is_named_and_left_out(place: Path, tmp_path: Path) -> No
     assert [line.split()[1] for line in output.splitlines() if "/deep/" in line] == ["dark"]
     said = errors.splitlines()
     assert said[0] == "1 files are no images, and are passed over"
-    assert [
+    assert all(
         line.split()[4].endswith(name)
         for line, name in zip(said[1:], ("cut.png:", "text.png:"), strict=True)
-    ]
+    )
     assert all(line.startswith("error: cannot read image ") for line in said[1:])
 
 
@@ -112,23 +118,56 @@ def test_a_huge_header_is_one_line(place: Path, tmp_path: Path) -> None:
     [
         (["no/such/run", "x.png"], "no checkpoint at no/such/run"),
         (["{run}", "{new}", "--device", "abacus"], "device=abacus cannot be had: "),
-        (["{run}", "{new}", "--output", "no/such/dir/x.csv"], "no/such/dir/x.csv"),
+        (["{new}", "{new}", "--output", "no/such/x.csv"], "there is no directory no/such"),
+        (["{new}", "{new}", "--output", "{folder}"], "x.csv is a directory: name a file"),
+        (["{run}", "a" * 300], f"cannot use {'a' * 300}: file name too long: name another"),
         (["{run}", "no/such.png"], "no file or folder at no/such.png"),
         (["{run}", "{empty}"], "{empty}: no image to predict"),
-        (
-            ["{run}", "{new}", "--output", "x.txt"],
-            "--output=x.txt ends neither in .csv nor in .json",
-        ),
+        # Before the run is looked for.
+        (["{new}", "{new}", "--output", "x.txt"], "--output=x.txt must end in .csv or .json"),
     ],
 )
 def test_wrong_words_are_one_line(place: Path, tmp_path: Path, words: list[str], line: str) -> None:
-    paths = {"run": place / "run", "new": place / "new", "empty": tmp_path}
+    (folder := tmp_path / "x.csv").mkdir()
+    paths = {"run": place / "run", "new": place / "new", "empty": tmp_path, "folder": folder}
     code, output, errors = called("predict", *(word.format(**paths) for word in words))
     assert (code, output) == (1, "")
     (said,) = errors.splitlines()
     assert said.startswith("error: ")
     assert line.format(**paths) in said
     assert wrong_with(said) is None
+
+
+def test_a_name_that_no_checkpoint_can_have_is_one_line() -> None:
+    code, output, errors = called("show", "a" * 300)
+    assert (code, output) == (1, "")
+    assert errors == f"error: cannot use {'a' * 300}: file name too long: name another\n"
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_a_name_that_is_no_text_is_written_out(place: Path, tmp_path: Path, ending: str) -> None:
+    picture = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xc3\xa9.png"))
+    picture.write_bytes((place / "new" / "0.png").read_bytes())
+    where = tmp_path / f"found.{ending}"
+    assert called("predict", place / "run", picture, "--output", where)[0] == 0
+    text = where.read_text(encoding="utf-8")
+    rows = json.loads(text) if ending == "json" else [*csv.DictReader(io.StringIO(text))]
+    assert [row["path"] for row in rows] == [f"{tmp_path}/\\xffé.png"]
+
+
+def test_a_probability_that_is_not_finite_is_null() -> None:
+    row = files.Row(Path("x.png"), [("dark", float("nan"))])
+    (entry,) = parse_json(files.written([row], Path("x.json")))
+    assert entry["classes"] == [{"name": "dark", "probability": None}]
+
+
+def test_a_batch_is_as_large_as_was_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = load(place / "run")
+    sizes: list[int] = []
+    network.network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    pictures = [place / "new" / "0.png"] * 301
+    assert len([*files.predict(network, pictures, batch_size=300)]) == 301
+    assert sizes == [300, 1]
 
 
 def test_pictures_of_another_size_are_resized_for_those_who_ask(
@@ -156,6 +195,15 @@ def test_a_checkpoint_says_what_it_is(place: Path) -> None:
     code, output, _ = called("show", place / "run" / "checkpoints" / "last.ckpt")
     assert code == 0
     assert "class_names    dark, light" in output
+
+
+def test_a_metric_that_is_not_finite_is_null(place: Path, tmp_path: Path) -> None:
+    checkpoint = AtomicCheckpointIO().load_checkpoint(place / "run" / "checkpoints" / "best.ckpt")
+    checkpoint["equiloss"]["scalars"]["val/nll"] = float("inf")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "odd.ckpt")
+    code, output, _ = called("show", tmp_path / "odd.ckpt", "--json")
+    assert code == 0
+    assert parse_json(output)["metrics"]["val/nll"] is None  # which refuses Infinity
 
 
 @slow

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from equiloss.data.datasets import load as load_data
 from equiloss.data.sampler import Slice
 from equiloss.distributed.process_groups import run_ranks
-from equiloss.errors import CheckpointError, DataError
+from equiloss.errors import CheckpointError, ConfigError, DataError, ModelError
 from equiloss.prediction.model import Predictions, load
 from equiloss.records.results import Result
 from equiloss.run import run
@@ -84,6 +84,30 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def test_loading_draws_no_random_number(trained: Path) -> None:
+    before = torch.get_rng_state()
+    load(trained)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_files_are_read_a_batch_at_a_time(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(trained)
+    seen: list[str] = []
+
+    def read(file: Path, **_: Any) -> Tensor:
+        seen.append(str(file))
+        return torch.zeros(1, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(model, "read", read)
+    model.network.register_forward_pre_hook(lambda *_: seen.append("|"))
+    assert len(model.predict(["a", "b", "c"], batch_size=2).labels) == 3
+    assert seen == ["a", "b", "|", "c", "|"]
+    for one in ("one.png", Path("one.png")):
+        seen.clear()
+        assert len(model.predict(one).labels) == 1
+        assert seen == ["one.png", "|"]
+
+
 class TestRefused:
     def changed(self, trained: Path, place: Path, **changes: Any) -> Path:
         """The run's checkpoint with another description."""
@@ -117,12 +141,43 @@ class TestRefused:
         other = {"name": "mlp", "target": None, "options": {"widths": [5]}}
         with pytest.raises(CheckpointError, match="does not fit the network that it names"):
             load(self.changed(trained, tmp_path, model=other))
+        other["options"] = {"widths": [-4]}
+        with pytest.raises(ModelError, match=r"model 'mlp' with options .*negative dimension -4"):
+            load(self.changed(trained, tmp_path, model=other))
+
+    @pytest.mark.parametrize(
+        ("device", "line"),
+        [
+            ("hpu", "device=hpu cannot be had: "),  # whose module torch imports
+            ("meta", "device=meta computes no numbers"),
+        ],
+    )
+    def test_devices_that_are_not_there(self, trained: Path, device: str, line: str) -> None:
+        with pytest.raises(ConfigError, match=line):
+            load(trained, device=device)
 
     def test_a_description_of_another_form(self, trained: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="of another version"):
             load(self.changed(trained, tmp_path, mean="none"))
+        for changes, named in (
+            ({"image_shape": [8, 8]}, "image_shape, mean, std"),
+            ({"image_shape": [1, -8, 8]}, "image_shape"),
+            ({"mean": [0.5] * 3}, "mean"),
+            ({"std": []}, "std"),
+            ({"range": [0.0]}, "range"),
+            ({"precision": "31-true"}, "precision"),
+            ({"model": {"name": "mlp", "target": None, "options": {}, "depth": 3}}, "model"),
+            ({"model": {"name": "mlp", "target": None, "options": []}}, "model"),
+        ):
+            with pytest.raises(CheckpointError, match=f"its {named} cannot be read"):
+                load(self.changed(trained, tmp_path, **changes))
         io = AtomicCheckpointIO()
         checkpoint = io.load_checkpoint(trained / "checkpoints" / "best.ckpt")
+        for state in ({1: torch.zeros(1)}, None):
+            checkpoint["state_dict"] = state
+            io.save_checkpoint(checkpoint, tmp_path / "bare.ckpt")
+            with pytest.raises(CheckpointError, match=r"bare\.ckpt holds no weights"):
+                load(tmp_path / "bare.ckpt")
         del checkpoint["equiloss"]["about"]
         io.save_checkpoint(checkpoint, tmp_path / "old.ckpt")
         with pytest.raises(CheckpointError, match="did not say what its weights are for"):
@@ -132,9 +187,12 @@ class TestRefused:
         self, trained: Path, tmp_path: Path
     ) -> None:
         named = {"name": "custom", "target": "os:_exit", "options": {}}
-        with pytest.raises(CheckpointError, match="names the code os:_exit: if you trust it, give"):
+        with pytest.raises(
+            CheckpointError, match=r"names the code os:_exit: if you .*--target os:"
+        ):
             load(self.changed(trained, tmp_path, model=named))
-        with pytest.raises(CheckpointError, match="is of a network of its own: give no target"):
+        line = "names no code: give no target"
+        with pytest.raises(CheckpointError, match=line):
             load(trained, target="os:_exit")
         target = f"{__name__}:mine"
         result, images, truth = trained_run(

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from equiloss.errors import ConfigError, printable
+from equiloss.errors import ConfigError, RecordError, printable
+from equiloss.imports import import_from_here
 from equiloss.launching.console import plain
 from equiloss.records.atomic import write_atomically
+from equiloss.records.reading import fits, read_json
+from equiloss.records.results import json_ready
 from equiloss.records.writing import writing
+
+if TYPE_CHECKING:
+    from equiloss.prediction.files import Row
+
+ANOTHER = "name another file with --output"
+CERTIFICATES = "certificate.json"
 
 Trained = Annotated[
     str, typer.Argument(metavar="RUN|CKPT", help="The directory of a run, or a checkpoint.")
@@ -54,11 +65,11 @@ def predict(
     from equiloss.prediction import files, model  # torch takes seconds
 
     if output is not None:
-        files.written([], Path(output))  # before the work
+        _check_output(Path(output), (".csv", ".json"))
     if target is not None:
-        sys.path.insert(0, str(Path.cwd()))  # where it may lie
+        import_from_here()
     network = model.load(trained, target=target, device=device)
-    found, passed_over = files.listed(paths, lines=files.standard_input())
+    found, passed_over = files.listed(paths, lines=sys.stdin)
     if not found:
         raise ConfigError(f"{', '.join(paths)}: no image to predict")
     if passed_over:
@@ -68,7 +79,7 @@ def predict(
     if output is None:
         Console().print(_table(rows, top))
     else:
-        write_atomically(Path(output), files.written(rows, Path(output)))
+        write_atomically(Path(output), files.written(rows, Path(output)), ANOTHER)
         print(f"{sum(row.error is None for row in rows)} predictions in {output}")
     broken = [row.error for row in rows if row.error is not None]
     for error in broken:
@@ -77,7 +88,17 @@ def predict(
         raise typer.Exit(1)
 
 
-def _table(rows: list[Any], top: int) -> Table:
+def _check_output(path: Path, endings: Sequence[str], rule: str = "") -> None:
+    """Refuse before the work what could not be written after it."""
+    if path.suffix not in endings:
+        raise ConfigError(f"--output={path} must end in {' or '.join(endings)}{rule}")
+    if path.is_dir():
+        raise ConfigError(f"--output={path} is a directory: name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output={path}: there is no directory {path.parent}")
+
+
+def _table(rows: list[Row], top: int) -> Table:
     table = Table(box=box.SIMPLE)
     table.add_column("path", overflow="fold")
     for number in range(1, top + 1):
@@ -96,25 +117,20 @@ def show(
     """Say what a checkpoint is: network, classes, how pictures are read, loss, metrics."""
     from dataclasses import asdict
 
-    from equiloss.prediction.model import checkpoint_of
-    from equiloss.training.about import About
-    from equiloss.training.checkpoint_file import AtomicCheckpointIO
-    from equiloss.training.state import RunState
+    from equiloss.prediction.model import checkpoint_of, read_checkpoint
 
     path = checkpoint_of(Path(trained))
-    loaded = AtomicCheckpointIO().load_checkpoint(path)
-    state = RunState.load(loaded, path)
-    about = asdict(About.read(state.about, path))
+    loaded, state, about = read_checkpoint(path)
     said = {
         "checkpoint": str(path),
-        **about,
+        **asdict(about),
         "loss": state.loss,
         "metrics": state.progress.of_split("val") | state.progress.of_split("test"),
         "steps": loaded.get("global_step"),
         "split_sizes": state.split_sizes,
     }
     if as_json:
-        print(json.dumps(said, indent=2, default=str))
+        print(json.dumps(json_ready(said), indent=2, default=str, allow_nan=False))
         return
     table = Table(box=None, show_header=False)
     for key, value in said.items():
@@ -138,29 +154,44 @@ def export(
     from equiloss.prediction import certificate, model  # torch takes seconds
     from equiloss.prediction import export as exporting
 
+    exporting.check_format(kind)
+    place = Path(output or f"model{exporting.FORMATS[kind]}")
+    _check_output(place, [exporting.FORMATS[kind]], f", for --format={kind}")
+    certificates = place.with_name(CERTIFICATES)
+    known = _certificates(certificates)
     if target is not None:
-        sys.path.insert(0, str(Path.cwd()))  # where it may lie
+        import_from_here()
     network = model.load(trained, target=target)
-    exporting.check_export(network, kind)
-    ending = exporting.FORMATS[kind]
-    place = Path(output or f"model{ending}")
-    if place.suffix != ending:
-        raise ConfigError(f"--output={output} is a file of --format={kind}: it ends in {ending}")
     images, truth = certificate.test_split(network.path)
     untried = place.with_name(f".untried-{place.name}")
     try:
-        with writing(place):
+        with writing(place, ANOTHER):
             exporting.export(network, kind, untried)
-        found = certificate.certify(network, kind, untried, images, truth)
+        found = certificate.certify(network, kind, untried, images, truth, name=place)
         kept = place if found.holds else place.with_name(f"{place.name}.rejected")
-        untried.replace(kept)
+        with writing(kept, ANOTHER):
+            untried.replace(kept)
     finally:
-        untried.unlink(missing_ok=True)
-    text = json.dumps(found.as_dict(), indent=1) + "\n"
-    write_atomically(place.with_name("certificate.json"), text)
+        with suppress(OSError):  # the error that it ends with is the one to show
+            untried.unlink(missing_ok=True)
+    known[kept.name] = found.as_dict()
+    text = json.dumps(json_ready(known), indent=1, allow_nan=False) + "\n"
+    write_atomically(certificates, text, ANOTHER)
     print(plain(f"{kept}: {found.describe()}"))
     if not found.holds:
         raise typer.Exit(1)
+
+
+def _certificates(file: Path) -> dict[str, Any]:
+    """Those of a directory's files, by their names.
+
+    Raises:
+        RecordError: for a file of another kind, which is not ours to replace.
+    """
+    known = read_json(file) if file.exists() else {}
+    if not fits(known, dict[str, dict[str, Any]]):
+        raise RecordError(file, "is no mapping of files to certificates")
+    return dict(known)
 
 
 def _text(value: Any) -> str:

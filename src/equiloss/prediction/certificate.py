@@ -6,11 +6,19 @@ and f those of the file, the file is accepted if
     max |f - z|  <=  4 · max |c - z|  +  eps · (max z - min z)
 
 and if each row has the class of c, but for rows whose two largest logits in z lie within twice
-that bound of each other, which rounding may exchange; they are counted.
+that bound of each other, which rounding may exchange; they are counted. Its probabilities p of K
+classes must be those of its own logits:
+
+    max |p - softmax f|  <=  (K + 8) · eps
+
+A sum of K terms is off by K/2 · eps, an exponential by its own rounding (2 · eps) and that of its
+argument, which is at most log K / 2 · eps after the division: together less than K + 8.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +31,11 @@ from equiloss.config.resolved import ResolvedConfig, from_stored, resolve
 from equiloss.data import datasets
 from equiloss.data.sampler import Slice
 from equiloss.errors import CheckpointError
-from equiloss.prediction.export import classes_of, exactly, loaded
+from equiloss.prediction.export import calling, classes_of, exactly, loaded
 from equiloss.prediction.model import TrainedModel
 from equiloss.records.reading import read_yaml
 from equiloss.records.run_dir import CHECKPOINTS, CONFIG
 
-BATCH = 256
 TIMES = 4
 
 
@@ -37,6 +44,8 @@ class Certificate:
     """What was found of a file on the test split; plain data."""
 
     format: str
+    sha256: str
+    """Digest of the file, as `sha256sum` prints it."""
     rows: int
     """Test images that went through checkpoint and file."""
     error: float
@@ -54,26 +63,35 @@ class Certificate:
     same_classes: bool
     """Whether the file names the classes in the checkpoint's order."""
     confusion_apart: int
-    """Sum of |differences| of the confusion matrices over 2, of decided rows."""
+    """Sum of |differences| of the confusion matrices over 2, of decided rows: 0 where `unexplained`
+    is, and otherwise how much of it shows in them."""
+    softmax_error: float
+    """max |p - softmax f|."""
+    softmax_bound: float
+    """What `softmax_error` may be at most."""
 
     @property
     def holds(self) -> bool:
         """Whether the file is accepted."""
+        # Beyond the range of float32 the checkpoint itself says nothing to compare with.
         return (
-            self.error <= self.bound
+            math.isfinite(self.bound)
+            and self.error <= self.bound
+            and self.softmax_error <= self.softmax_bound
             and self.unexplained == 0
-            and self.confusion_apart == 0
             and self.same_classes
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """As `certificate.json` has it."""
+        """As `certificate.json` has it under the file's name."""
         return {"holds": self.holds, **asdict(self)}
 
     def describe(self) -> str:
         """One line."""
         verdict = "certified" if self.holds else "rejected"
         order = "" if self.same_classes else "; its classes are named in another order"
+        if not self.softmax_error <= self.softmax_bound:
+            order += f"; its probabilities are {self.softmax_error:.3g} off its logits' softmax"
         return (
             f"{verdict}: {self.rows} test images, logits within {self.error:.3g} of float64 "
             f"(at most {self.bound:.3g}; the checkpoint's own {self.own_error:.3g}), "
@@ -82,7 +100,13 @@ class Certificate:
 
 
 def certify(
-    model: TrainedModel, kind: str, place: Path, images: Tensor, target: Tensor
+    model: TrainedModel,
+    kind: str,
+    place: Path,
+    images: Tensor,
+    target: Tensor,
+    *,
+    name: Path | None = None,
 ) -> Certificate:
     """Hold a file against the checkpoint that it was made from.
 
@@ -92,17 +116,20 @@ def certify(
         place: The file.
         images: Of the test split [N, C, H, W] uint8.
         target: Their classes [N] int64, or probabilities [N, K].
+        name: What to call the file in errors (None: as it is named).
+
+    Raises:
+        UserError: if the file cannot be loaded and called, or the network cannot be computed in
+            float64.
     """
-    call = loaded(kind, place)
-    own = model.logits(images, batch_size=BATCH).double()
-    exact = exactly(model, images)
-    if kind == "onnx":
-        given = torch.cat([call(part) for part in torch.split(images, BATCH)]).double()
-    else:
-        given = call(images).double()
+    own, exact = model.logits(images).double(), exactly(model, images)
+    with calling(place, name or place):
+        probabilities, given = (part.double() for part in loaded(kind, place)(images))
+        names = classes_of(kind, place)
     error, own_error = _distance(given, exact), _distance(own, exact)
     spread = float(exact.max() - exact.min())
-    bound = TIMES * own_error + torch.finfo(torch.float32).eps * spread
+    eps = torch.finfo(torch.float32).eps
+    bound = TIMES * own_error + eps * spread
     first, second = exact.topk(2, dim=-1).values.unbind(-1)
     undecided = first - second <= 2 * bound
     differs = given.argmax(-1) != own.argmax(-1)
@@ -111,6 +138,7 @@ def certify(
     tables = [_confusion(each[counted], truth[counted]) for each in (given, own)]
     return Certificate(
         format=kind,
+        sha256=hashlib.sha256(place.read_bytes()).hexdigest(),
         rows=len(images),
         error=error,
         own_error=own_error,
@@ -118,8 +146,10 @@ def certify(
         differing=int(differs.sum()),
         undecided=int(undecided.sum()),
         unexplained=int((differs & ~undecided).sum()),
-        same_classes=classes_of(kind, place) == list(model.classes),
+        same_classes=names == list(model.classes),
         confusion_apart=int((tables[0] - tables[1]).abs().sum()) // 2,
+        softmax_error=_distance(probabilities, given.softmax(-1)),
+        softmax_bound=(given.shape[1] + 8) * eps,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from equiloss.data import headers, many_files
 from equiloss.data.folder import by_parts, files_below
-from equiloss.errors import ConfigError, DataError
+from equiloss.errors import DataError
 from equiloss.prediction.model import TrainedModel
+from equiloss.records.results import json_ready
 
 
 class Row(NamedTuple):
@@ -90,30 +91,29 @@ def predict(
 
 def _rows(model: TrainedModel, read: list[tuple[Path, Tensor | str]], top: int) -> Iterator[Row]:
     images = [image for _, image in read if isinstance(image, Tensor)]
-    found = iter(model.predict(torch.stack(images)).top(top) if images else ())
+    found: Iterator[list[tuple[str, float]]] = iter(())
+    if images:
+        found = iter(model.predict(torch.stack(images), batch_size=len(images)).top(top))
     for file, image in read:
         yield Row(file, [], image) if isinstance(image, str) else Row(file, next(found))
 
 
 def written(rows: Sequence[Row], output: Path) -> str:
-    """The text of a file of predictions, by its ending; JSON has the broken files too.
+    """The text of a file of predictions, .json or .csv; JSON has the broken files too.
 
-    Raises:
-        ConfigError: for another ending than .csv and .json.
+    A probability that is not finite is null in JSON.
     """
     if output.suffix == ".json":
         entries = [
-            {"path": str(row.file), "error": row.error}
+            {"path": _path(row), "error": row.error}
             if row.error is not None
             else {
-                "path": str(row.file),
+                "path": _path(row),
                 "classes": [{"name": name, "probability": value} for name, value in row.top],
             }
             for row in rows
         ]
-        return json.dumps(entries, indent=1) + "\n"
-    if output.suffix != ".csv":
-        raise ConfigError(f"--output={output} ends neither in .csv nor in .json")
+        return json.dumps(json_ready(entries), indent=1, allow_nan=False) + "\n"
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     most = max((len(row.top) for row in rows), default=1)
@@ -124,10 +124,10 @@ def written(rows: Sequence[Row], output: Path) -> str:
     table.writerow(["path", *(name for pair in names for name in pair)])
     for row in rows:
         if row.error is None:
-            table.writerow([row.file, *(value for pair in row.top for value in pair)])
+            table.writerow([_path(row), *(value for pair in row.top for value in pair)])
     return text.getvalue()
 
 
-def standard_input() -> Iterable[str]:
-    """The lines of standard input."""
-    return sys.stdin
+def _path(row: Row) -> str:
+    """A file's path; bytes that are no UTF-8, which no such file can hold, are written out."""
+    return os.fsencode(row.file).decode("utf-8", "backslashreplace")

@@ -78,26 +78,26 @@ class TrainedModel:
         self, path: str | os.PathLike[str], *, target: str | None = None, device: str = "cpu"
     ) -> None:
         self.path = checkpoint_of(Path(path))
-        loaded = AtomicCheckpointIO().load_checkpoint(self.path)
-        self.state = RunState.load(loaded, self.path)
-        self.about = About.read(self.state.about, self.path)
+        loaded, _, self.about = read_checkpoint(self.path)
         self.classes = tuple(self.about.class_names)
         channels, height, width = self.about.image_shape
         self.image_shape = (channels, height, width)
         self.device = _device(device)
         named = self.about.model.get("target")
         if named != target:
-            name = f"names the code {named}" if named else "is of a network of its own"
-            way_out = f"if you trust it, give target={named}" if named else "give no target"
+            name = f"names the code {named}" if named else "names no code"
+            trust = f"if you trust it, give target={named!r} (or --target {named} to a command)"
+            way_out = trust if named else "give no target"
             raise CheckpointError(f"{self.path} {name}: {way_out}")
         config = ModelConfig(**self.about.model)
-        network = build_network(
-            config,
-            num_classes=len(self.classes),
-            image_shape=self.image_shape,
-            row_keys=RowKeys(0),
-        ).to(parameter_dtype(self.about.precision))
-        _load(network, loaded["state_dict"], self.path)
+        with torch.random.fork_rng(devices=[]):  # which the caller may have seeded
+            network = build_network(
+                config,
+                num_classes=len(self.classes),
+                image_shape=self.image_shape,
+                row_keys=RowKeys(0),
+            ).to(parameter_dtype(self.about.precision))
+        _load(network, loaded.get("state_dict"), self.path)
         last = self.about.channels_last
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.network = lay_out(config, network, self.memory_format).to(self.device).eval()
@@ -162,31 +162,33 @@ class TrainedModel:
 
     def predict(
         self,
-        what: Tensor | Sequence[str | os.PathLike[str]],
+        what: Tensor | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         batch_size: int = BATCH,
         resizes: bool = False,
     ) -> Predictions:
         """Probabilities of the classes, for images [N, C, H, W] uint8 or the paths of N files.
 
+        A single path is a batch of one. Files are read as they are needed, `batch_size` at a time.
+
         Raises:
             DataError: for what cannot be read, naming the file.
         """
         if isinstance(what, Tensor):
             return self.predictions(self.logits(what, batch_size=batch_size))
-        parts = []
-        for first in range(0, len(what), batch_size):
-            files = [Path(path) for path in what[first : first + batch_size]]
-            parts.append(torch.stack([self.read(file, resizes=resizes) for file in files]))
-        logits = [self.logits(part, batch_size=batch_size) for part in parts]
-        return self.predictions(torch.cat(logits) if logits else self.logits(self._none()))
+        paths = [what] if isinstance(what, (str, os.PathLike)) else what
+        logits = []
+        for first in range(0, len(paths), batch_size):
+            files = [Path(path) for path in paths[first : first + batch_size]]
+            images = torch.stack([self.read(file, resizes=resizes) for file in files])
+            logits.append(self.logits(images, batch_size=batch_size))
+        if not logits:
+            logits = [self.logits(torch.empty(0, *self.image_shape, dtype=torch.uint8))]
+        return self.predictions(torch.cat(logits))
 
     def predictions(self, logits: Tensor) -> Predictions:
         """What logits [N, K] say."""
         return Predictions(logits.softmax(-1), self.classes)
-
-    def _none(self) -> Tensor:
-        return torch.empty(0, *self.image_shape, dtype=torch.uint8)
 
     @torch.no_grad()
     def _logits(self, images: Tensor) -> Tensor:
@@ -201,6 +203,17 @@ def load(
 ) -> TrainedModel:
     """The network of a run or a checkpoint: see `TrainedModel`."""
     return TrainedModel(path, target=target, device=device)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], RunState, About]:
+    """A checkpoint's content, and what it says of its run and of its network.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, or none of ours.
+    """
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    state = RunState.load(loaded, path)
+    return loaded, state, About.read(state.about, path)
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -235,12 +248,16 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"device={name} cannot be had: {first_line(error)}") from error
+    if device.type == "meta":
+        raise ConfigError("device=meta computes no numbers: name another, such as cpu")
     return device
 
 
-def _load(network: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
+def _load(network: torch.nn.Module, state: Any, path: Path) -> None:
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{path} holds no weights by their names: it has no state_dict")
     prefix = "model."
     own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     try:
