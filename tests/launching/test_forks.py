@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from equiloss.config import Config, TrainerConfig
 from equiloss.config.sweep import SweepConfig
+from equiloss.data import datasets
 from equiloss.distributed import membership
 from equiloss.errors import ConfigError
 from equiloss.launching import forks, slots
@@ -108,6 +109,7 @@ def test_a_search_leaks_nothing_and_runs_no_job_in_its_own_process(
     config = OmegaConf.create(
         {
             "sweep": {"parallel": 2},
+            "data": {"download": True, "name": "nowhere"},
             "hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": {}},
             "objective": "val/nll",
         }
@@ -115,6 +117,8 @@ def test_a_search_leaks_nothing_and_runs_no_job_in_its_own_process(
     launcher = forks.ForkLauncher()
     launcher.config = config
     monkeypatch.setattr(forks, "_import_for_all", lambda: None)
+    fetched = tmp_path / "fetched"
+    monkeypatch.setattr(datasets, "load", lambda data: fetched.write_text(data.name))
     monkeypatch.setattr(
         BasicLauncher,
         "launch",
@@ -127,6 +131,7 @@ def test_a_search_leaks_nothing_and_runs_no_job_in_its_own_process(
         found = [each._return_value for each in returned]
         assert [number for _, number in found] == [first + n for n in range(len(jobs))]
         assert os.getpid() not in {pid for pid, _ in found}
+        assert fetched.read_text() == "nowhere"
     assert set(Path("/proc/self/fd").iterdir()) == before
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
@@ -89,19 +89,18 @@ def _import_for_all() -> None:
 
 
 def _fetch(config: DictConfig) -> None:
-    """Download once what the jobs would fetch into the same place, in a fork that ends.
+    """Download once what the jobs would fetch into the same place, in a fork that ends."""
+    from equiloss.data import datasets
 
-    Whatever is wrong with it, the jobs will say.
-    """
+    def load() -> None:
+        with suppress(Exception):  # whatever is wrong, the jobs will say
+            typed = OmegaConf.merge(OmegaConf.structured(DataConfig), config.data)
+            datasets.load(cast(DataConfig, OmegaConf.to_object(typed)))
+
     if config.data.download:
-        from equiloss.data import datasets
-
-        typed = OmegaConf.merge(OmegaConf.structured(DataConfig), config.data)
-        load = multiprocessing.get_context("fork").Process(
-            target=datasets.load, args=(OmegaConf.to_object(typed),)
-        )
-        load.start()
-        load.join()
+        fork = multiprocessing.get_context("fork").Process(target=load)
+        fork.start()
+        fork.join()
 
 
 class _Forks:
