@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from equiloss.errors import UserError
+from equiloss.imports import import_target
 from equiloss.launching.composition_errors import check_words, explain, mendable
 from support import composed, wrong_with
 
@@ -51,3 +53,15 @@ def test_refused_memory_is_mendable_and_other_errors_of_torch_are_not() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2) + torch.empty(3)
     assert not mendable(caught.value)
+
+
+def test_the_users_own_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_own.py").write_text("import json\n\ndef read():\n    json.loads('{')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="Expecting property name") as raised:
+        import_target("their_own:read", "x", UserError)()
+    # Below the line that called it, a library; above it, ours.
+    assert explain(raised.value).endswith(f"char 1) in {tmp_path}/their_own.py, line 4")
+    with pytest.raises(AttributeError) as raised:
+        explain(3)
+    assert " in /" not in explain(raised.value)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import sysconfig
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -20,6 +23,8 @@ from equiloss.records.writing import ELSEWHERE, refusal
 EXCEPTION_NAME = re.compile(
     r"\b\w*(Error|Exception|Warning)( raised while resolving interpolation)?: ?"
 )
+
+PACKAGE = os.path.join(Path(__file__).parents[1], "")  # noqa: PTH118  # with a separator at its end
 
 NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed")
 
@@ -67,7 +72,20 @@ def _explained(error: BaseException, of_a_run: bool) -> str:
     for refused in (error, error.__cause__):
         if isinstance(refused, OSError) and refused.errno is not None:
             return refusal(refused, elsewhere=ELSEWHERE if of_a_run else "name another")
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """Where code of the user's raised it, or called what did; "" for code of ours."""
+    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.startswith(PACKAGE) or not frame.filename.startswith((*installed, "<"))
+    ]
+    if not frames or frames[-1].filename.startswith(PACKAGE):
+        return ""
+    return f" in {frames[-1].filename}, line {frames[-1].lineno}"
 
 
 def mendable(error: BaseException) -> bool:
@@ -129,7 +147,8 @@ def _explain_composition(error: BaseException) -> str:
         group = parent._get_full_key(None) or "config"
         if group == "trainer" and key in REFUSED_TRAINER_ARGUMENTS:
             return f"trainer.{key} is refused: {REFUSED_TRAINER_ARGUMENTS[key]}"
-        message = unknown(f"key of {group}", key, [str(name) for name in parent])
+        of = f"{group}={parent.get('name')}" if group == "loss" else group
+        message = unknown(f"key of {of}", key, [str(name) for name in parent])
         if group == "trainer":
             message += f" (+trainer.{key}=… goes to Lightning's Trainer)"
     elif isinstance(cause, OmegaConfBaseException) and cause.full_key:
