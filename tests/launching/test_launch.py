@@ -301,7 +301,7 @@ def test_a_job_whose_rank_dies_fails_alone_and_is_retried(
     results = [Result.read(tmp_path / "sweep" / str(job)) for job in range(jobs)]
     failed = results.pop(1)
     assert failed.status == "failed"
-    assert failed.error == cause
+    assert failed.error.startswith(cause)
     assert [result.status for result in results] == ["completed"] * (jobs - 1)
     assert (tmp_path / "sweep" / "1" / "error.txt").exists()
     # A process group would wait for its 30 minutes.

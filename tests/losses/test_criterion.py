@@ -497,6 +497,10 @@ class TestOtherLosses:
         options = {"target": "own_losses:scaled", "options": {"factor": 3.0}}
         criterion = Criterion("custom", **options)
         assert criterion(torch.ones(2, 2), torch.tensor([0, 1])).total == 12
+        own = {"target": "torch.nn.functional:cross_entropy"}
+        weight = torch.tensor([1.0, 3.0])  # of a call from Python, as a registered loss takes it
+        weighted = Criterion("custom", **own, options={"weight": weight})
+        assert weighted(torch.zeros(2, 2), torch.tensor([0, 1])).mass == 4
         with pytest.raises(LossError, match=r"'custom' 'facto'\. Did you mean 'factor'"):
             Criterion("custom", target="own_losses:scaled", options={"facto": 3.0})
 
