@@ -93,7 +93,8 @@ def arrangements(part: str) -> list[Arrangement]:
         names = [
             command.replace(PYTHON, "python").replace(EQUILOSS, "equiloss") for command in HELP
         ]
-        return [way(name, command) for name, command in zip(names, HELP, strict=True)]
+        pages = [way(name, command) for name, command in zip(names, HELP, strict=True)]
+        return [way("import torch", f"{PYTHON} -c 'import torch'"), *pages]
     run = f"{PYTHON} train.py callbacks=quiet"
     alone = [
         f"{run} loss={loss} seed={seed} hydra.run.dir={{runs}}/{loss}{seed}"
@@ -104,4 +105,5 @@ def arrangements(part: str) -> list[Arrangement]:
     return [
         way("six runs", *alone),
         way("sweep=losses", sweep, wanted=1 / 3),
+        way("sweep=losses sweep.parallel=auto", f"{sweep} sweep.parallel=auto", wanted=1 / 3),
     ]

@@ -69,6 +69,7 @@ def test_they_run_at_the_same_time_on_cores_of_their_own(tmp_path: Path) -> None
     assert {result.environment["threads"] for result in done(tmp_path / "sweep")} == {len(cores[0])}
 
 
+@slow
 def test_a_job_that_fails_or_is_killed_ends_no_other(train: Train, tmp_path: Path) -> None:
     bad = "loss.label_smoothing=0.1,2"  # out of its range: the second job fails
     words = (*FAST, bad, AT_ONCE, f"hydra.sweep.dir={tmp_path}/fails")
