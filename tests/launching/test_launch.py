@@ -42,6 +42,8 @@ MISTAKES = [
     ("scheduler.name=ReduceLROnPlateau", ["is refused", "callbacks=early_stopping"]),
     ("init_from=/nowhere.ckpt", ["no checkpoint at /nowhere.ckpt"]),
     ("+callbacks.items.a=3", ["callbacks.items.a needs a target"]),
+    ("+callbacks.items.a.target=os:no", ["error: callbacks.items.a.target=os:no cannot"]),
+    ("init_from={folder}", ["no checkpoint at {folder}: name a file in it"]),
     ("data=digit", ["'digit'", "Did you mean 'digits'?"]),
     ("data=fashion_mnist data.root=/nowhere", ["/nowhere", "data.root", "data.download=true"]),
     ("data=image_folder data.root={folder}", ["{folder}/cats", "holds no image"]),

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from equiloss.config import Config, TrainerConfig
-from equiloss.errors import ConfigError, LossError, first_line, unknown
+from equiloss.errors import ConfigError, LossError, UserError, first_line, unknown
 from equiloss.losses import registry
 from equiloss.losses.criterion import Criterion
 from equiloss.losses.registry import CUSTOM
@@ -69,6 +69,8 @@ def refusal(config: TrainerConfig, error: Exception) -> ConfigError:
     Raises:
         Exception: the one given, where no argument is to blame.
     """
+    if isinstance(error, UserError):
+        raise error  # of a callback, which names its own culprit
     for name, value in config.arguments.items():
         try:
             Trainer(

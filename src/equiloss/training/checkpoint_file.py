@@ -23,7 +23,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.atomic import write_atomically
-from equiloss.records.run_dir import INDEX, LAST, PREVIOUS
+from equiloss.records.run_dir import BEST, CHECKPOINTS, INDEX, LAST, PREVIOUS
 from equiloss.records.writing import FileError
 
 MARK = b"sha256:"
@@ -97,7 +97,8 @@ def verify(place: Path) -> None:
         CheckpointError: if the file is missing or cannot be read.
     """
     if not place.is_file():
-        raise CheckpointError(f"no checkpoint at {place}")
+        inside = f": name a file in it, such as {place / CHECKPOINTS / BEST}" * place.is_dir()
+        raise CheckpointError(f"no checkpoint at {place}{inside}")
     try:
         whole = _is_whole(place)
     except OSError as error:
