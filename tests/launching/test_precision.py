@@ -17,7 +17,7 @@ from equiloss.launching import precision
 from equiloss.launching.precision import bfloat16_over_float32, measure, settled
 from equiloss.records.reading import read_yaml
 from equiloss.records.results import Result
-from support import Train, composed
+from support import Train, composed, slow
 
 
 @pytest.fixture
@@ -117,6 +117,7 @@ def test_of_a_run_it_is_stored_and_goes_on(train: Train, tmp_path: Path):
     assert Result.read(tmp_path / "run") == before
 
 
+@slow
 def test_a_sweep_measures_once(train: Train, tmp_path: Path):
     words = ("debug=fast", "callbacks=quiet", "logger=csv", f"hydra.sweep.dir={tmp_path}/sweep")
     given = ("trainer.precision=auto", "sweep.parallel=2", "seed=0,1")

@@ -126,7 +126,9 @@ TAMPERED = (a_weight, the_mean, the_range, the_order_of_logits, the_names_of_cla
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("change", TAMPERED)
+@pytest.mark.parametrize(
+    "change", [TAMPERED[0], *(pytest.param(change, marks=slow) for change in TAMPERED[1:])]
+)
 def test_a_file_that_was_changed_is_rejected(
     change: Callable[[TrainedModel], None],
     kind: str,
@@ -143,6 +145,7 @@ def test_a_file_that_was_changed_is_rejected(
     assert "rejected" in found.describe()
 
 
+@slow  # an export takes seconds
 def test_a_rejected_file_keeps_that_name(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +177,7 @@ def test_a_rejected_file_keeps_that_name(
         assert each["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
 
 
+@slow  # an export takes seconds
 def test_figures_that_are_not_finite_are_null(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +250,7 @@ class TestRefused:
         assert line in said
         assert wrong_with(said) is None
 
+    @slow
     def test_a_directory_that_is_gone_after_the_work(
         self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
