@@ -113,8 +113,7 @@ def test_a_run_under_load_ends_in_time_and_goes_on(
         process = begin(directory, *LOADED)
         process.join(draw.uniform(0.05, signalled_not.seconds / 4))
         if process.exitcode == 0:  # it was done before
-            run += 1
-            directory = tmp_path / f"run-{run}"
+            run, directory = run + 1, tmp_path / f"run-{run + 1}"
             continue
         os.kill(process.pid or 0, signal.SIGTERM)
         sent += 1
@@ -123,6 +122,9 @@ def test_a_run_under_load_ends_in_time_and_goes_on(
         assert code in (143, 0, -signal.SIGTERM), output_of(directory)
         if code == 143 and (directory / "results.json").exists():
             assert Result.read(directory).status == "interrupted"
+        if code == 0:
+            assert Result.read(directory).status == "completed"
+            run, directory = run + 1, tmp_path / f"run-{run + 1}"
     completes(directory, *LOADED)
     assert_same(directory, signalled_not.directory)
     assert "Traceback" not in output_of(directory)

@@ -398,3 +398,26 @@ def test_ranks_have_an_environment_of_their_own(
     assert dict(os.environ) == before
     assert Result.read(directory).world_size == 2
     assert Result.read(directory).environment["threads"] == 2
+
+
+# A signal comes while what a run has done is printed.
+LATE = """
+import os, runpy, signal, sys, time
+from equiloss.launching import console
+
+def show(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+console.show = show
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@slow
+def test_a_signal_after_the_end_makes_nothing_of_a_run_undone(tmp_path: Path) -> None:
+    words = (*FAST, f"hydra.run.dir={tmp_path}/run")
+    command = [sys.executable, "-c", LATE, str(ROOT / "train.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Result.read(tmp_path / "run").status == "completed"

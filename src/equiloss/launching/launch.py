@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from equiloss.config.resolved import ResolvedConfig, resolve
@@ -97,10 +96,10 @@ def _do(resolved: ResolvedConfig, run_dir: Path, job: Job) -> float:
                 print(f"completed already: {run_dir}", flush=True)
             job.note("running")
             if todo:
-                _attempt(resolved, run_dir, job.run)
+                _attempt(resolved, run_dir, job)
         objective = _close(resolved, run_dir, job, skipped=not todo)
     elif membership.from_first_rank(None):
-        _attempt(resolved, run_dir, job.run)
+        _attempt(resolved, run_dir, job)
     return float(membership.from_first_rank(objective))
 
 
@@ -114,7 +113,7 @@ def _close(resolved: ResolvedConfig, run_dir: Path, job: Job, *, skipped: bool) 
     return objective
 
 
-def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
+def _attempt(resolved: ResolvedConfig, run_dir: Path, job: Job) -> None:
     """Run, with this job's share of the machine where others run beside it."""
     config, hydra = resolved.config, HydraConfig.get()
     if membership.is_first():
@@ -124,13 +123,15 @@ def _attempt(resolved: ResolvedConfig, run_dir: Path, run: str) -> None:
     known = Ledger(sweep_dir).attempt(os.environ.get(ATTEMPT, ""))
     parallel = slots.parallel_jobs(hydra, known.jobs if known else 0)
     share = slots.share(sweep_dir, config.trainer, parallel, config.in_use)
-    in_sweep = hydra.mode == RunMode.MULTIRUN
     attempt(
-        *(resolved, run_dir, run),
-        again="the same command" + f" with hydra.run.dir={run_dir}" * (not in_sweep),
+        *(resolved, run_dir, job.run),
+        again="the same command" + f" with hydra.run.dir={run_dir}" * (not job.in_sweep),
         share=share if parallel > 1 else None,
         is_fork=slots.AT_ONCE in os.environ,
     )
+    if not job.in_sweep and membership.external() is None:
+        # It is done: a signal has nothing left to stop, and may end what is printed of it.
+        interruption.end_with(0)
 
 
 def _objective(resolved: ResolvedConfig, result: Result) -> float:
