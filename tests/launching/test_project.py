@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from equiloss.config.shipped import CONF, PROJECT
 from equiloss.errors import ConfigError
 from equiloss.launching.project import new
 from equiloss.losses import config_source
+from support import slow
 
 
 def test_files_of_a_project_hide_the_shipped_ones(tmp_path: Path) -> None:
@@ -60,3 +63,11 @@ def test_what_is_there_is_left_alone(tmp_path: Path, there: str) -> None:
     done = CliRunner().invoke(app, ["new", str(place)])
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == f"error: {place} is there already: name a new or an empty directory\n"
+
+
+@slow
+def test_its_own_tests_pass(tmp_path: Path) -> None:
+    new(tmp_path / "demo")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tmp_path / "demo", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
