@@ -9,7 +9,7 @@ import torch
 from benchmarks import baselines, loss, paired
 from benchmarks.__main__ import main, table
 
-from support import PYTHONPATH
+from support import PYTHONPATH, slow
 
 
 def test_ratios_compare_within_a_round():
@@ -20,6 +20,7 @@ def test_ratios_compare_within_a_round():
     assert "| a | 2 s | 2.00 | 2.00 to 2.00 | 1.50 |" in text
 
 
+@slow
 def test_each_arrangement_is_measured_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     one = paired.Arrangement("one", "stand_ins:measured", {"seconds": 2.0})

@@ -15,9 +15,10 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 
 from equiloss.records.results import Result
-from support import ROOT
+from support import ROOT, slow
 
 
+@slow  # builds and installs a wheel
 def test_a_new_project_runs_on_the_built_wheel(tmp_path: Path) -> None:
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info")

@@ -144,7 +144,8 @@ def test_under_another_launcher_jobs_follow_each_other(monkeypatch: pytest.Monke
     assert launcher.launch([["a=1"], ["a=2"]], 0) == "one by one"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
+@slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_each_job_once(number: signal.Signals, tmp_path: Path) -> None:
     sweep = start_sweep(tmp_path / "sweep", AT_ONCE)
     until_rows(tmp_path / "sweep", 6)

@@ -205,7 +205,7 @@ def test_a_run_agrees_at_its_first_and_at_its_last_step(
 
 
 @pytest.mark.parametrize(
-    "precision", ["32-true", pytest.param("64-true", marks=slow), "bf16-mixed"]
+    "precision", ["32-true", *(pytest.param(p, marks=slow) for p in ("64-true", "bf16-mixed"))]
 )
 def test_a_run_on_two_processes_agrees(precision: str, tmp_path) -> None:
     config = composed(
