@@ -15,9 +15,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# Three test processes for two cores, a thread each: a third of the time they wait for processes of
-# their own. Two pools of threads on the same cores are far slower.
-JOBS ?= 3
+# Two test processes, a thread each: two pools of threads on the same cores are far slower.
+JOBS ?= 2
 
 .PHONY: train test test-slow faults moments fuzz ray loggers lint invariance bench pictures lock \
 	lock-check clean

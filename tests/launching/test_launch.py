@@ -271,10 +271,11 @@ TWO_JOBS = "trainer.devices=1,2"
 FOUR_JOBS = "trainer.devices=2 model.options.rank=7,{rank},8,9"
 
 
+@slow  # of a single run: make faults
 @pytest.mark.parametrize(
     ("target", "rank", "cause", "swept"),
     [
-        (*way, jobs) if jobs == TWO_JOBS else pytest.param(*way, jobs, marks=slow)
+        (*way, jobs)
         for jobs, ways in {
             TWO_JOBS: (BEFORE_JOINING,),
             FOUR_JOBS: (BEFORE_JOINING, FIRST_KILLED, SECOND_KILLED, IN_TRAINING),

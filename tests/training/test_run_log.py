@@ -84,7 +84,8 @@ def test_top5_of_five_classes_says_nothing(
     assert ("acc_top5" in capsys.readouterr().out) == shown
 
 
-@pytest.mark.parametrize("columns", [80, pytest.param(120, marks=slow)])
+@slow
+@pytest.mark.parametrize("columns", [80, 120])
 def test_a_terminal_has_a_bar_of_the_whole_run(columns: int, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, str(ROOT / "train.py"), "debug=fast", "trainer.max_epochs=2"]
