@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = shlex.quote(sys.executable)
 EQUILOSS = shlex.quote(str(Path(sys.executable).parent / "equiloss"))
 IMPORTS = f"{PYTHON} -c 'import torch, lightning'"
-ONE_STEP = f"{PYTHON} train.py callbacks=quiet trainer.max_steps=1 task=train"
+ONE_STEP = f"{PYTHON} train.py callbacks=quiet trainer.max_steps=1"
 HELP = (f"{EQUILOSS} losses", f"{PYTHON} train.py --help", f"{PYTHON} train.py --cfg job")
 LOSSES = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 
