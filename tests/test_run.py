@@ -201,7 +201,7 @@ def test_early_stopping_ends_a_run(run_here: Run) -> None:
     assert result.steps["taken"] == 2 * 23
 
 
-@pytest.mark.parametrize("debug", ["fast", "overfit", "profiler"])
+@pytest.mark.parametrize("debug", ["fast", pytest.param("overfit", marks=slow), "profiler"])
 def test_debug_configs(debug: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(composed(f"debug={debug}", "callbacks=quiet"), tmp_path)
     assert result.status == "completed"
@@ -251,6 +251,7 @@ def test_a_torchvision_network_trains_on_grey_images(tmp_path: Path) -> None:
     assert run(config, tmp_path).status == "completed"
 
 
+@slow
 def test_a_compiled_network_is_the_same_network(run_here: Run, tmp_path: Path) -> None:
     options = (
         "trainer.max_steps=3",

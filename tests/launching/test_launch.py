@@ -392,13 +392,13 @@ def test_ranks_have_an_environment_of_their_own(
     monkeypatch.setenv("MKL_NUM_THREADS", "3")  # which torch would prefer
     directory = tmp_path / "run"
     directory.mkdir()
-    resolved = composed(*QUIET, "debug=fast", "trainer=ddp_cpu", "trainer.threads=2", "logger=csv")
+    resolved = composed(*QUIET, "debug=fast", "trainer=ddp_cpu", "trainer.threads=1", "logger=csv")
     (directory / "config.yaml").write_text(resolved.text)
     before = dict(os.environ)
     ranks.supervise(directory, "equiloss.run:run", 2, resolved.config.trainer)
     assert dict(os.environ) == before
     assert Result.read(directory).world_size == 2
-    assert Result.read(directory).environment["threads"] == 2
+    assert Result.read(directory).environment["threads"] == 1
 
 
 # A signal comes while what a run has done is printed.

@@ -16,6 +16,7 @@ from support import ROOT
 LOSSES = {"softmax_nll", "log_softmax_nll", "cross_entropy"}
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.skipif(
         not (pictures.find("chromium") and pictures.find("chromedriver")),
