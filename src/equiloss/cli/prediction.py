@@ -76,12 +76,12 @@ def predict(
         print(f"{passed_over} files are no images, and are passed over", file=sys.stderr)
     top = min(top, len(network.classes))
     rows = [*files.predict(network, found, top=top, batch_size=batch_size, resizes=resize)]
-    if output is None:
-        Console().print(_table(rows, top))
-    else:
-        write_atomically(Path(output), files.written(rows, Path(output)), ANOTHER)
-        print(f"{sum(row.error is None for row in rows)} predictions in {output}")
     broken = [row.error for row in rows if row.error is not None]
+    if output is None and len(broken) < len(rows):
+        Console().print(_table(rows, top))
+    elif output is not None:
+        write_atomically(Path(output), files.written(rows, Path(output)), ANOTHER)
+        print(f"{len(rows) - len(broken)} predictions in {output}")
     for error in broken:
         print(f"error: {printable(error)}", file=sys.stderr)
     if broken:

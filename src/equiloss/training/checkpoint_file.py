@@ -100,11 +100,15 @@ def verify(place: Path) -> None:
         inside = f": name a file in it, such as {place / CHECKPOINTS / BEST}" * place.is_dir()
         raise CheckpointError(f"no checkpoint at {place}{inside}")
     try:
+        with place.open("rb") as file:
+            archive = file.read(2) == END[:2]
         whole = _is_whole(place)
     except OSError as error:
         raise CheckpointError(f"cannot read {place}: {error.strerror}") from error
-    if not whole:
+    if not whole and archive:
         raise DamagedError(f"{place} is damaged: its content is not what its digest says")
+    if not whole:
+        raise DamagedError(f"{place} is damaged, or no checkpoint: it is no archive of tensors")
 
 
 def _seal(file: Any) -> str:
