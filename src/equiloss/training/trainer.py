@@ -24,6 +24,7 @@ from equiloss.distributed import membership
 from equiloss.models import batch_norm
 from equiloss.training import progress_bar
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
+from equiloss.training.fine_tuning import FineTuning
 from equiloss.training.profile import Profile, Stages
 from equiloss.training.time_limit import TimeLimit
 
@@ -122,6 +123,8 @@ def strategy(world_size: int) -> Strategy | str:
 def _configured_callbacks(config: Config) -> Iterator[Callback]:
     if config.trainer.max_seconds is not None:
         yield TimeLimit(config.trainer.max_seconds)
+    if config.model.freeze is not None or config.optimizer.groups:
+        yield FineTuning()
     stop = config.early_stopping
     if stop.enabled:
         yield EarlyStopping(
