@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from equiloss.config import OptimizerConfig
 from equiloss.models import freezing
 from equiloss.training import parameter_groups
 from equiloss.training.step import settle_buckets
@@ -21,14 +23,28 @@ log = logging.getLogger(__name__)
 
 
 class FineTuning(Callback):
-    """Says what learns, and at which rates; has what is frozen learn after its epochs."""
+    """Says what learns, and at which rates; has what is frozen learn after its epochs.
+
+    Args:
+        config: The optimizer's.
+        network: What is trained.
+
+    Raises:
+        ConfigError: for a group whose pattern matches nothing, before the run writes a file.
+    """
+
+    def __init__(self, config: OptimizerConfig, network: nn.Module) -> None:
+        parameter_groups.grouped(config, network, network)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
         """Leave out what Lightning says of modules that evaluate: the run says why they do."""
         warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
-        """Begin, or go on inside an epoch, which does not start again."""
+        """Begin, or go on inside an epoch, which does not start again.
+
+        The classifier settles the buckets afterwards, as at any start: torch bears it once.
+        """
         self._unfreeze(trainer, pl_module)
         if not trainer.is_global_zero:
             return
@@ -50,8 +66,10 @@ class FineTuning(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
         """Unfreeze between two epochs."""
-        if self._unfreeze(trainer, pl_module) and trainer.is_global_zero:
-            log.info("%s", freezing.described(pl_module.config.model, pl_module.model))
+        if self._unfreeze(trainer, pl_module):
+            settle_buckets(trainer.strategy.model)
+            if trainer.is_global_zero:
+                log.info("%s", freezing.described(pl_module.config.model, pl_module.model))
 
     def _unfreeze(self, trainer: Trainer, pl_module: Classifier) -> bool:
         """Have everything learn if it is time and has not been done; every rank must call it."""
@@ -72,4 +90,3 @@ def _wrap_anew(strategy: Strategy) -> None:
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model = strategy.model.module
         strategy.configure_ddp()
-        settle_buckets(strategy.model)

@@ -23,7 +23,7 @@ from equiloss.training import parameter_groups
 # they are three times as fast on a CPU.
 FUSED = ("Adam", "AdamW")
 # Options of schedules that are learning rates, of which torch takes one for each group.
-RATES = {"base_lr", "max_lr", "swa_lr"}
+RATES = {"base_lr", "max_lr"}
 # What torch has and a run cannot use.
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times in a step",
@@ -119,6 +119,7 @@ def build_scheduler(
         needs = [each.name for each in takes if each.default is each.empty]
         if lacking := [f"scheduler.options.{key}" for key in needs if key not in config.options]:
             raise ConfigError(f"scheduler {config.name} needs {', '.join(lacking)}")
+    options = _of_groups(config, optimizer)
     try:
         if config.name == "constant":
             return LambdaLR(optimizer, lambda step: _warmup(step, warmup))
@@ -127,8 +128,7 @@ def build_scheduler(
         if config.name in ("one_cycle", "OneCycleLR"):
             peak = [float(group["lr"]) for group in optimizer.param_groups]
             # One step more: the schedule is advanced after the last optimizer step as well.
-            return OneCycleLR(optimizer, peak, total_steps=total_steps + 1, **config.options)
-        options = _of_groups(config, optimizer)
+            return OneCycleLR(optimizer, peak, total_steps=total_steps + 1, **options)
         made: LRScheduler = getattr(lr_scheduler, config.name)(optimizer, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"scheduler {config.name}: {error}") from error
