@@ -78,12 +78,9 @@ class Watch:
         # What half precision multiplies the loss with, in this step.
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
         self._arrived: list[Tensor] = []
-        self._brought: dict[nn.Parameter, list[Tensor]] = {
-            p: []
-            for group in module.the_optimizer.param_groups
-            for p in group["params"]
-            if p.requires_grad  # not what is frozen until a later epoch
-        }
+        groups = module.the_optimizer.param_groups  # with what is frozen until a later epoch
+        learning = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._brought: dict[nn.Parameter, list[Tensor]] = {p: [] for p in learning}
         self._given: dict[nn.Parameter, Tensor] = {}
         module.step.before_update = self._note_given
         self._hooks: list[Any] = [module.criterion.register_forward_pre_hook(self._see)]
