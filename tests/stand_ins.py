@@ -329,6 +329,42 @@ def learning(num_classes: int, in_channels: int) -> nn.Module:
     return Learning(num_classes)
 
 
+class Stage(nn.Module):
+    """A residual block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.norm(self.conv(maps)).relu()
+
+
+class Normalised(nn.Module):
+    """A small residual network with batch norm, of which one layer has no parameters."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.stages = nn.Sequential(Stage(8), Stage(8))
+        self.plain = nn.BatchNorm2d(8, affine=False)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.plain(self.stages(self.norm(self.stem(images)).relu()))
+        return self.head(maps.mean((2, 3)))
+
+
+def normalised(num_classes: int, in_channels: int) -> nn.Module:
+    return Normalised(num_classes, in_channels)
+
+
+def headless(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(in_channels, num_classes + 1, 8), nn.Flatten())
+
+
 def off_by_a_percent(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
     return 1.01 * F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
 

@@ -69,6 +69,18 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def is_patterns(value: Any) -> bool:
+    """Whether a value is a list of names, such as those of parameters: a layer may be called 0.
+
+    >>> is_patterns(["layer1", 0]), is_patterns("layer1"), is_patterns([True])
+    (True, False, False)
+    """
+    kinds = (str, int)
+    return isinstance(value, list) and all(
+        isinstance(each, kinds) and not isinstance(each, bool) and each != "" for each in value
+    )
+
+
 def open_dict() -> Any:
     """An empty node that takes any key, where Hydra would want known ones."""
     return DictConfig({}, flags={"struct": False})

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from equiloss.config.checks import open_dict, require
+from equiloss.config.checks import is_patterns, open_dict, positive, require
+
+# Hydra's grammar takes the second `=` of a word in quotes alone.
+LAST_BLOCKS = re.compile(r"all_but_last[:=](\d{1,6})")
 
 
 @dataclass
@@ -25,6 +29,12 @@ class ModelConfig:
     channels_last: Any = "auto"
     """Keep images and weights in NHWC memory order: true | false | auto (for the convnet in float32
     on a CPU, which is faster with it)."""
+    freeze: Any = None
+    """What does not learn: null | backbone (all but the head) | all_but_last:N (blocks; the log
+    names those that learn; "all_but_last=N", in quotes, is the same) | patterns of parameters or
+    modules, as [conv1,layer?,*.bias]. Batch normalisation that is frozen evaluates."""
+    unfreeze_after_epochs: int | None = None
+    """Epochs after which what is frozen learns too, but for batch normalisation (null: never)."""
 
     def __post_init__(self) -> None:
         require(
@@ -36,3 +46,22 @@ class ModelConfig:
             "model.target names a function for model=custom, and only there: "
             "model=custom model.target=package.module:function",
         )
+        positive("model.unfreeze_after_epochs", self.unfreeze_after_epochs)
+        require(
+            self.unfreeze_after_epochs is None or self.freeze is not None,
+            f"model.unfreeze_after_epochs={self.unfreeze_after_epochs} belongs to model.freeze, "
+            "and nothing is frozen",
+        )
+        require(
+            self.freeze in (None, "backbone")
+            or bool(self.learning_blocks)
+            or (bool(self.freeze) and is_patterns(self.freeze)),
+            "model.freeze is null, backbone, all_but_last:N with N of at least 1, or a list of "
+            f"patterns such as [conv1,layer?]; got {self.freeze}",
+        )
+
+    @property
+    def learning_blocks(self) -> int | None:
+        """N of `freeze=all_but_last:N`."""
+        found = LAST_BLOCKS.fullmatch(self.freeze) if isinstance(self.freeze, str) else None
+        return int(found[1]) if found else None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from equiloss.config.checks import finite, open_dict, positive, require
+from equiloss.config.checks import finite, is_patterns, open_dict, positive, require
 from equiloss.config.metrics import mode_of, split_metrics
 from equiloss.errors import choose
 
@@ -25,6 +25,63 @@ def check_monitor(group: str, monitor: str, mode: str | None, extra: Mapping[str
 
 
 @dataclass
+class GroupConfig:
+    """Parameters that learn at a rate of their own: an entry of `optimizer.groups`."""
+
+    pattern: Any
+    """Patterns of parameters or modules of the network: a list of them, or one."""
+    lr_factor: float = 1.0
+    """Multiplies optimizer.lr."""
+    weight_decay: float | None = None
+    """Decay of all these parameters (null: the optimizer's, with norms and biases exempt)."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.patterns) and is_patterns(self.patterns),
+            "optimizer.groups: pattern is a name such as layer1 or *.bias, or a list of them; got "
+            f"{self.pattern}",
+        )
+        for key, value in (("lr_factor", self.lr_factor), ("weight_decay", self.weight_decay)):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            absent = value is None and key == "weight_decay"
+            require(number or absent, f"optimizer.groups: {key} must be a number, got {value}")
+            finite(f"optimizer.groups: {key}", value, least=0)
+
+    @property
+    def patterns(self) -> list[str]:
+        """`pattern` as a list of names."""
+        given = self.pattern if isinstance(self.pattern, list) else [self.pattern]
+        return [str(each) if type(each) is int else each for each in given]  # a layer called 0
+
+
+def groups_from(entries: Any) -> list[GroupConfig]:
+    """The value of `optimizer.groups`, checked.
+
+    Raises:
+        ConfigError: for what is no list of groups, and for a key that a group has not.
+
+    >>> groups_from([{"pattern": "head", "lr_factor": 10}])
+    [GroupConfig(pattern='head', lr_factor=10, weight_decay=None)]
+    """
+    if entries is None:
+        return []
+    keys, groups = [each.name for each in fields(GroupConfig)], []
+    form = "[{pattern: layer1, lr_factor: 0.1}]"
+    require(isinstance(entries, list), f"optimizer.groups is a list, {form}; got {entries}")
+    for number, entry in enumerate(entries):
+        group = asdict(entry) if isinstance(entry, GroupConfig) else entry
+        place = f"optimizer.groups[{number}]"
+        require(
+            isinstance(group, Mapping) and "pattern" in group,
+            f"{place} is a pattern with what holds for it, as in {form}; got {group}",
+        )
+        for key in group:
+            choose(f"key of {place}", str(key), keys)
+        groups.append(GroupConfig(**group))
+    return groups
+
+
+@dataclass
 class OptimizerConfig:
     """An optimizer of torch.optim by name."""
 
@@ -34,6 +91,10 @@ class OptimizerConfig:
     """Peak learning rate; schedulers scale it."""
     weight_decay: float = 0.0
     """Decay of weights; norms and biases (parameters with fewer than two axes) are exempt."""
+    groups: Any = None
+    """Parameters with rates of their own, as [{pattern: layer?, lr_factor: 0.1, weight_decay: 0}]:
+    the first pattern that matches wins, and what none matches has lr and weight_decay as above.
+    A group's own decay is that of its norms and biases too (null: no groups)."""
     gradient_clip_norm: float | None = None
     """Clip the 2-norm of the synchronised gradient to this (null: off)."""
     options: dict[str, Any] = field(default_factory=open_dict)
@@ -44,6 +105,7 @@ class OptimizerConfig:
         finite("optimizer.lr", self.lr)
         finite("optimizer.weight_decay", self.weight_decay, least=0)
         positive("optimizer.gradient_clip_norm", self.gradient_clip_norm)
+        self.groups = groups_from(self.groups)
 
 
 @dataclass

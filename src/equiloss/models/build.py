@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from equiloss.config import Config, ModelConfig
 from equiloss.errors import ModelError, UserError, first_line, unknown
 from equiloss.imports import import_target
+from equiloss.models import freezing
 from equiloss.models.dropout import RowKeys, key_dropout
 from equiloss.models.networks import MLP, ConvNet
 
@@ -44,6 +45,7 @@ def build_network(
     Raises:
         ModelError: for an unknown name (with the near miss), options that the network does not
             take, or what is no network.
+        ConfigError: for a part to freeze that it does not have.
     """
     channels, height, width = image_shape
     options = dict(config.options)
@@ -68,6 +70,7 @@ def build_network(
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {config.name!r} is a {type(model).__name__}, not an nn.Module")
     key_dropout(model, row_keys)
+    freezing.freeze(config, model, num_classes)
     return model
 
 

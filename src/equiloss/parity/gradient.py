@@ -10,7 +10,7 @@ against what it must be, at each station:
    float64, against what the optimizer was given.
 3. *row*: the first row of each rank, forwarded again alone on the first one with the weights of
    that moment, against what it was where it trained.
-4. *ranks*: parameters and buffers after the step, which are the same bits on every rank.
+4. *ranks*: what learns after the step, parameters and buffers: the same bits on every rank.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Followed(NamedTuple):
     row_ratio: float = 0.0
     """Largest difference of a row that was forwarded again over half of its digits."""
     ranks_differ: float = 0.0
-    """Parameters and buffers that are not the same bits on every rank."""
+    """Parameters that learn, and buffers, that are not the same bits on every rank."""
 
     def disagreeing(self) -> list[str]:
         """What is beyond its bound, in words, with its figure."""
@@ -78,9 +78,9 @@ class Watch:
         # What half precision multiplies the loss with, in this step.
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
         self._arrived: list[Tensor] = []
-        self._brought: dict[nn.Parameter, list[Tensor]] = {
-            p: [] for group in module.the_optimizer.param_groups for p in group["params"]
-        }
+        groups = module.the_optimizer.param_groups  # with what is frozen until a later epoch
+        learning = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._brought: dict[nn.Parameter, list[Tensor]] = {p: [] for p in learning}
         self._given: dict[nn.Parameter, Tensor] = {}
         module.step.before_update = self._note_given
         self._hooks: list[Any] = [module.criterion.register_forward_pre_hook(self._see)]
@@ -226,7 +226,8 @@ class Watch:
         if collectives.world_size() == 1:
             return 0.0
         model, criterion = self.module.model, self.module.criterion
-        tensors = [*model.parameters(), *model.buffers(), *criterion.parameters()]
+        parameters = [*model.parameters(), *criterion.parameters()]
+        tensors = [*(p for p in parameters if p.requires_grad), *model.buffers()]
         digests = torch.stack([digest(tensor.detach()) for tensor in tensors])
         largest, smallest = collectives.max_over_ranks(torch.stack([digests, ~digests]))
         return float((largest != ~smallest).any(-1).sum())

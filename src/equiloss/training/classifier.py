@@ -134,7 +134,9 @@ class Classifier(LightningModule):
         """Optimizer and schedule over the run's own number of steps."""
         trainer = self.config.trainer
         fused = trainer.reduction != "bitwise" and trainer.precision != "16-mixed"
-        optimizer = optim.build_optimizer(self.config.optimizer, self, fused=fused)
+        optimizer = optim.build_optimizer(
+            self.config.optimizer, self, network=self.model, fused=fused
+        )
         scheduler = optim.build_scheduler(
             self.config.scheduler, optimizer, total_steps=self.total_steps
         )

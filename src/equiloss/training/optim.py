@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn, optim
 from torch.optim import Optimizer, lr_scheduler
@@ -16,10 +17,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from equiloss.config import OptimizerConfig, SchedulerConfig, TrainerConfig
 from equiloss.errors import ConfigError, unknown
+from equiloss.training import parameter_groups
 
 # Their dozen operations per parameter take longer than the step of a small network; in one kernel
 # they are three times as fast on a CPU.
 FUSED = ("Adam", "AdamW")
+# Options of schedules that are learning rates, of which torch takes one for each group.
+RATES = {"base_lr", "max_lr"}
 # What torch has and a run cannot use.
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times in a step",
@@ -36,32 +40,32 @@ REFUSED_SCHEDULES = {
 
 
 def build_optimizer(
-    config: OptimizerConfig, module: nn.Module, *, fused: bool = False
+    config: OptimizerConfig,
+    module: nn.Module,
+    *,
+    network: nn.Module | None = None,
+    fused: bool = False,
 ) -> Optimizer:
-    """Build the optimizer over a module's parameters.
-
-    Parameters with fewer than two axes (norms' scales and all biases) are not decayed: decay
-    pulls weights towards 0, and for a scale or an offset 0 is no simpler than another value.
+    """Build the optimizer over a module's parameters, in groups (see `parameter_groups`).
 
     Args:
         config: Name, rates and options.
         module: Whose parameters are trained.
+        network: The part of it whose names `config.groups` is for (None: all of it).
         fused: Whether a fused kernel may do it where the options say nothing: it rounds
             differently, and unscales gradients of half precision by itself.
 
     Raises:
-        ConfigError: for an unknown name, with the near miss, or an option it does not take.
+        ConfigError: for an unknown name, with the near miss, an option it does not take, or a
+            pattern that matches nothing.
     """
     known = _subclasses(optim, Optimizer)
     _check_name("optimizer.name", config.name, known, REFUSED_OPTIMIZERS)
     takes = inspect.signature(getattr(optim, config.name)).parameters
-    if config.weight_decay and "weight_decay" not in takes:
+    decays = [config.weight_decay, *(group.weight_decay for group in config.groups)]
+    if any(decays) and "weight_decay" not in takes:
         raise ConfigError(f"optimizer {config.name} has no weight_decay: set it to 0")
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = parameter_groups.grouped(config, module, module if network is None else network)
     foreign = sorted(config.options.keys() - takes.keys())
     if foreign:
         words = " ".join(f"~optimizer.options.{key}" for key in foreign)
@@ -74,7 +78,7 @@ def build_optimizer(
         options = {"fused": True} | options
     try:
         optimizer: Optimizer = getattr(optim, config.name)(
-            [group for group in groups if group["params"]], lr=config.lr, **options
+            parameter_groups.for_torch(groups), lr=config.lr, **options
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer {config.name}: {error}") from error
@@ -88,7 +92,7 @@ def build_scheduler(
 
     Args:
         config: Name, warm-up and options.
-        optimizer: Its current learning rates are the peak.
+        optimizer: Its current learning rates are the peak; each group's follows its own.
         total_steps: Optimizer steps of the run.
 
     Raises:
@@ -115,6 +119,7 @@ def build_scheduler(
         needs = [each.name for each in takes if each.default is each.empty]
         if lacking := [f"scheduler.options.{key}" for key in needs if key not in config.options]:
             raise ConfigError(f"scheduler {config.name} needs {', '.join(lacking)}")
+    options = _of_groups(config, optimizer)
     try:
         if config.name == "constant":
             return LambdaLR(optimizer, lambda step: _warmup(step, warmup))
@@ -123,8 +128,8 @@ def build_scheduler(
         if config.name in ("one_cycle", "OneCycleLR"):
             peak = [float(group["lr"]) for group in optimizer.param_groups]
             # One step more: the schedule is advanced after the last optimizer step as well.
-            return OneCycleLR(optimizer, peak, total_steps=total_steps + 1, **config.options)
-        made: LRScheduler = getattr(lr_scheduler, config.name)(optimizer, **config.options)
+            return OneCycleLR(optimizer, peak, total_steps=total_steps + 1, **options)
+        made: LRScheduler = getattr(lr_scheduler, config.name)(optimizer, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"scheduler {config.name}: {error}") from error
     return made
@@ -158,6 +163,28 @@ def total_steps(config: TrainerConfig, *, train_samples: int, batch_size: int) -
 
 def _warmup(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def _of_groups(config: SchedulerConfig, optimizer: Optimizer) -> dict[str, Any]:
+    """The options of a schedule, those that are learning rates for each group by its factor.
+
+    Raises:
+        ConfigError: for a rate that torch has for all groups together.
+    """
+    base = optimizer.defaults["lr"]
+    factors = [float(group["lr"]) / base for group in optimizer.param_groups]
+    options: dict[str, Any] = dict(config.options)
+    if set(factors) == {1.0}:
+        return options
+    for key in RATES & options.keys():
+        if isinstance(options[key], int | float):
+            options[key] = [options[key] * factor for factor in factors]
+    if options.get("eta_min"):
+        raise ConfigError(
+            f"scheduler.options.eta_min={options['eta_min']} would be the rate of every group of "
+            "optimizer.groups: leave it out, with scheduler=cosine for a warm-up"
+        )
+    return options
 
 
 def _check_name(key: str, name: str, known: list[str], refused: Mapping[str, str]) -> None:

@@ -178,9 +178,9 @@ class NetworkSummary(RichModelSummary):
             if name.partition(".")[0] == "model":  # the loss and the metrics have none
                 table.add_row(name, kind, number)
         get_console().print(table)
-        frozen = total_parameters - trainable_parameters
-        kept = f", {frozen:,} of them frozen" if frozen else ""
-        print(f"{total_parameters:,} parameters{kept}", flush=True)
+        frozen = trainable_parameters < total_parameters
+        learn = f", {trainable_parameters:,} of them learn" if frozen else ""
+        print(f"{total_parameters:,} parameters{learn}", flush=True)
 
 
 def fitting() -> Callback:

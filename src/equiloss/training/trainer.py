@@ -24,6 +24,7 @@ from equiloss.distributed import membership
 from equiloss.models import batch_norm
 from equiloss.training import progress_bar
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
+from equiloss.training.fine_tuning import FineTuning
 from equiloss.training.profile import Profile, Stages
 from equiloss.training.time_limit import TimeLimit
 
@@ -83,7 +84,7 @@ def make_trainer(
         sync_batchnorm=world_size > 1 and on_gpu and batch_norm.is_in(model),
         log_every_n_steps=options.log_every_n_steps,
         logger=list(loggers),
-        callbacks=[*watching, *callbacks, *_configured_callbacks(config)],
+        callbacks=[*watching, *callbacks, *_configured_callbacks(config, model)],
         # Lightning would otherwise guess a cluster from variables around us, such as SLURM's.
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
         enable_progress_bar=False,
@@ -119,9 +120,11 @@ def strategy(world_size: int) -> Strategy | str:
     return DDPStrategy(gradient_as_bucket_view=True, timeout=WITHOUT_END)
 
 
-def _configured_callbacks(config: Config) -> Iterator[Callback]:
+def _configured_callbacks(config: Config, model: nn.Module) -> Iterator[Callback]:
     if config.trainer.max_seconds is not None:
         yield TimeLimit(config.trainer.max_seconds)
+    if config.task == "fit" and (config.model.freeze is not None or config.optimizer.groups):
+        yield FineTuning(config.optimizer, model)
     stop = config.early_stopping
     if stop.enabled:
         yield EarlyStopping(

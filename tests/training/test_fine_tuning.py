@@ -1,0 +1,248 @@
+"""Runs with frozen parts and rates by group: what stays, what is said, and the same numbers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from equiloss.distributed.process_groups import run_ranks
+from equiloss.errors import UserError
+from equiloss.invariance.interruption import bits
+from equiloss.records.results import Result, read_metrics
+from equiloss.run import run
+from equiloss.training.classifier import Classifier
+from rank_functions import run_in_rank, run_until_out_of_time
+from support import composed, final_weights, slow
+
+# 38 training rows in batches of 9: five steps an epoch, the last one of 2 rows.
+SMALL = (
+    *("callbacks=quiet", "logger=csv", "trainer.threads=1", "trainer.precision=64-true"),
+    *("data=synthetic", "data.options={num_samples: 60}", "data.batch_size=9"),
+    *("model=custom", "model.target=stand_ins:normalised", "optimizer=adamw"),
+    *("trainer.max_epochs=3", "parity.every_n_steps=1", "parity.policy=raise"),
+    "checkpoint.every_n_steps=1",
+)
+FROZEN = ("model.freeze=backbone",)
+UNFROZEN = (
+    *FROZEN,
+    "model.unfreeze_after_epochs=1",
+    "optimizer.groups=[{pattern:stages,lr_factor:0.1},{pattern:stem,lr_factor:0.01,weight_decay:0}]",
+)
+
+
+class Watched(Callback):
+    """Keeps the network's state at the first step and after each epoch."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+        self.with_gradient: list[str] = []
+        self.optimizer: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
+        self._note(pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:  # type: ignore[override]
+        model = pl_module.model
+        self.with_gradient = [n for n, p in model.named_parameters() if p.grad is not None]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
+        self._note(pl_module)
+        self.optimizer = pl_module.the_optimizer.state_dict()
+
+    def _note(self, module: Classifier) -> None:
+        state = module.model.state_dict()
+        self.states.append({name: tensor.clone() for name, tensor in state.items()})
+
+    def changed(self, since: int, until: int) -> set[str]:
+        """Tensors that are not the same bits at two of these moments."""
+        pairs = zip(*(self.states[moment].items() for moment in (since, until)), strict=True)
+        return {name for (name, before), (_, after) in pairs if not torch.equal(before, after)}
+
+
+HEAD = {"head.weight", "head.bias"}
+FILTERS = {"stem.weight", "stages.0.conv.weight", "stages.1.conv.weight"}
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+class Whole(NamedTuple):
+    """A run that nothing stopped."""
+
+    directory: Path
+    result: Result
+    watched: Watched
+    lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    directory, watched, handler = tmp_path_factory.mktemp("whole"), Watched(), Lines()
+    logger = logging.getLogger("equiloss")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        result = run(composed(*SMALL, *UNFROZEN), directory, callbacks=[watched])
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return Whole(directory, result, watched, handler.lines)
+
+
+def test_what_is_frozen_keeps_its_bits_until_it_learns(whole: Whole) -> None:
+    """Weights and statistics; those of batch norm for the whole run."""
+    watched = whole.watched
+    assert watched.changed(0, 1) == HEAD
+    assert watched.changed(1, 2) == watched.changed(0, -1) == HEAD | FILTERS
+    assert whole.result.parity["agree"]
+
+
+@slow
+def test_what_never_learns_has_no_gradient_and_no_place_in_the_optimizer(tmp_path: Path) -> None:
+    watched = Watched()
+    run(composed(*SMALL, *FROZEN), tmp_path, callbacks=[watched])
+    assert watched.changed(0, -1) == HEAD
+    assert watched.with_gradient == ["head.weight", "head.bias"]
+    assert len(watched.optimizer["state"]) == 2
+    assert sum(len(group["params"]) for group in watched.optimizer["param_groups"]) == 2
+    # Not of this test alone: batch norm that trains changes all.
+    plain = Watched()
+    run(composed(*SMALL), tmp_path / "plain", callbacks=[plain])
+    assert plain.changed(0, -1) == set(plain.states[0])
+
+
+def test_the_log_says_what_learns_and_at_which_rates(whole: Whole) -> None:
+    named = ("model.freeze", "optimizer.groups")
+    assert [line for line in whole.lines if line.startswith(named)] == [
+        "model.freeze=backbone: 90 of 1,362 parameters learn (head), the others after 1 epoch; "
+        "frozen batch normalisation (4 layers) evaluates, for the whole run",
+        "optimizer.groups: the others: 90 parameters, lr 0.003, decay 0.01 (0 of norms and biases)",
+        "optimizer.groups: stages: 1,152 parameters, lr 0.0003, decay 0.01 (0 of norms and biases)",
+        "optimizer.groups: stem: 72 parameters, lr 3e-05, decay 0",
+        "model.freeze=backbone: 1,314 of 1,362 parameters learn (all but batch normalisation); "
+        "frozen batch normalisation (4 layers) evaluates, for the whole run",
+    ]
+    # The rate that is logged is the optimizer's own.
+    assert max(read_metrics(whole.directory, "train/lr")) == pytest.approx(0.003)
+
+
+class StopError(Exception):
+    """Stands for whatever ends a process."""
+
+
+class StopBefore(Callback):
+    """Raises when an optimizer step is about to begin."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise StopError
+
+
+# Inside an epoch that is not frozen, inside the one that is, and between the two.
+@pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=slow) for step in (3, 5))])
+def test_a_run_that_was_stopped_unfreezes_to_the_bit(
+    step: int, whole: Whole, tmp_path: Path
+) -> None:
+    config = composed(*SMALL, *UNFROZEN)
+    with pytest.raises(StopError):
+        run(config, tmp_path, callbacks=[StopBefore(step)])
+    assert run(config, tmp_path).segments[-1]["from_step"] == step
+    assert set(bits(tmp_path, whole.directory).values()) == {0}
+
+
+@slow
+def test_a_run_that_ends_before_it_unfreezes_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(composed(*SMALL, *FROZEN, "model.unfreeze_after_epochs=3"), tmp_path)
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    line = "model.unfreeze_after_epochs=3: the run ends before, after 15 steps of 5 an epoch"
+    assert line in warned
+
+
+def test_a_pattern_that_matches_nothing_ends_a_run_before_its_first_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^unknown parameters in optimizer\.groups\[0\]\.pattern"):
+        run(composed(*SMALL, "optimizer.groups=[{pattern:haed}]"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Sixty steps with batch norm, of which 20 are of the head alone.
+RESNET = (
+    *("callbacks=quiet", "logger=csv", "trainer.threads=1", "trainer.precision=64-true"),
+    *("data=synthetic", "data.options={num_samples: 60}", "data.image_size=32"),
+    *("data.batch_size=9", "trainer.max_epochs=12", "parity.every_n_steps=7"),
+    *("model=torchvision", "model.name=resnet18", "optimizer.lr=0.01", "parity.policy=raise"),
+    *("model.freeze=backbone", "model.unfreeze_after_epochs=4"),
+    "optimizer.groups=[{pattern:layer?,lr_factor:0.1},{pattern:[conv1,bn1],lr_factor:0.01}]",
+)
+
+
+@slow
+def test_ranks_and_micro_batches_give_the_same_weights(tmp_path: Path) -> None:
+    run(composed(*RESNET), tmp_path / "one")
+    assert Result.read(tmp_path / "one").steps["taken"] == 60
+    run(composed(*RESNET, "trainer.micro_batch_size=4"), tmp_path / "micro")
+    split = ("trainer=ddp_cpu", "trainer.devices=2", "trainer.micro_batch_size=3")
+    run_ranks(run_in_rank, 2, composed(*RESNET, *split), tmp_path / "both")
+    expected = final_weights(tmp_path / "one")
+    for name in ("micro", "both"):
+        assert Result.read(tmp_path / name).parity["agree"]
+        for key, value in final_weights(tmp_path / name).items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-11)
+
+
+@slow
+def test_three_ranks_that_were_stopped_unfreeze_to_the_bit(whole: Whole, tmp_path: Path) -> None:
+    """With three, the place of a parameter in a bucket decides how its gradient rounds."""
+    devices = ("trainer=ddp_cpu", "trainer.devices=3")
+    run_ranks(run_in_rank, 3, composed(*SMALL, *UNFROZEN, *devices), tmp_path / "whole")
+    limited = composed(*SMALL, *UNFROZEN, *devices, "trainer.max_time=00:00:00:00")
+    for _ in range(7):
+        run_ranks(run_until_out_of_time, 3, limited, tmp_path / "cut")
+    run_ranks(run_in_rank, 3, composed(*SMALL, *UNFROZEN, *devices), tmp_path / "cut")
+    starts = [part["from_step"] for part in Result.read(tmp_path / "cut").segments]
+    assert starts == list(range(8))
+    assert set(bits(tmp_path / "cut", tmp_path / "whole").values()) == {0}
+    expected = final_weights(whole.directory)
+    for name, value in final_weights(tmp_path / "whole").items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-11)
+
+
+@slow
+def test_bitwise_steps_are_the_same_bits_before_and_after(tmp_path: Path) -> None:
+    """A network without batch norm, which the bitwise reduction asks for."""
+    options = (
+        *("callbacks=quiet", "logger=csv", "trainer.reduction=bitwise", "optimizer=adamw"),
+        *("data.max_samples=60", "data.batch_size=9", "trainer.max_epochs=3"),
+        *("model.options.widths=[8,16]", "model.freeze=all_but_last:2", "parity.every_n_steps=2"),
+        *("model.unfreeze_after_epochs=1", "optimizer.groups=[{pattern:stages,lr_factor:0.1}]"),
+    )
+    watched = Watched()
+    result = run(composed(*options), tmp_path / "one", callbacks=[watched])
+    assert result.parity["agree"]
+    assert watched.changed(0, 1) == HEAD | {"stages.12.weight", "stages.12.bias"}
+    assert watched.changed(1, 2) == set(watched.states[0])
+    several = composed(*options, "trainer=ddp_cpu", "trainer.devices=2")
+    run_ranks(run_in_rank, 2, several, tmp_path / "two")
+    assert Result.read(tmp_path / "two").parity["agree"]
+    expected = final_weights(tmp_path / "one")
+    for name, value in final_weights(tmp_path / "two").items():
+        assert torch.equal(value, expected[name]), name
