@@ -14,10 +14,9 @@ after each optimizer step, from the weights before the first one on. Source: Pol
 - A step that the scaler of 16-mixed held back leaves no new weights, and is not averaged.
 - All ranks have the same weights, and so the same averages: nothing is sent.
 
-Lightning's `EMAWeightAveraging` resumes to the bit too, but it validates the averages instead of the
-weights; a checkpoint of weights alone, as best.ckpt is one, then holds the weights under the
-averages' figures; it counts the steps that a scaler held back; and its decay cannot warm up. (Tried
-with Lightning 2.6.)
+Lightning's `EMAWeightAveraging` (2.6) resumes to the bit too, but it validates the averages instead
+of the weights; a checkpoint of weights alone, as best.ckpt is one, then holds the weights under the
+averages' figures; it counts the steps that a scaler held back; and its decay does not warm up.
 """
 
 from __future__ import annotations
@@ -63,9 +62,9 @@ def decay_at(step: int, config: EmaConfig) -> float:
 class Averaging(Callback):
     """Averages the weights of a fit, validates the averages in the same pass, and saves them.
 
-    Validations log `val/ema_loss`, `val/ema_nll` and `val/ema_acc`, exact over all ranks as those of
-    the raw weights, and leave the averages in `checkpoints/ema.ckpt`, a checkpoint as best.ckpt is.
-    A full state carries the averages, and a run goes on with them to the bit.
+    Validations log `val/ema_loss`, `val/ema_nll` and `val/ema_acc`, exact over all ranks as those
+    of the raw weights, and leave the averages in `checkpoints/ema.ckpt`, a checkpoint as best.ckpt
+    is. A full state carries the averages, and a run goes on with them to the bit.
 
     Args:
         config: Decay and warm-up; the decay is not None.
@@ -116,7 +115,8 @@ class Averaging(Callback):
         averages = list(self.averages.values())
         pairs = zip(self._parameters, averages, strict=True)
         current = [parameter.detach().to(average.dtype) for parameter, average in pairs]
-        update = get_ema_multi_avg_fn(decay_at(self.steps, self.config))
+        decay = decay_at(self.steps, self.config)
+        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         update(averages, current, self.steps)
         self.steps += 1
 
