@@ -34,6 +34,7 @@ from equiloss.records.tensorboard import RunTensorBoard
 from equiloss.records.trackers import tracked
 from equiloss.training import checkpoint, optim, own_callbacks
 from equiloss.training.about import About
+from equiloss.training.averaging import Averaging
 from equiloss.training.checkpoint import Checkpoints
 from equiloss.training.classifier import Classifier
 from equiloss.training.evaluation_figures import EvaluationFigures
@@ -135,14 +136,15 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     monitor = ParityMonitor.of_run(
         config, criterion, splits.class_counts, total_steps, by_row=by_row(found)
     )
-    names = metric_names(config.parity.formulations, config.metrics.extra)
+    averaging = Averaging.of_run(config, directory)
+    names = metric_names(config.parity.formulations, config.metrics.extra, averaged=bool(averaging))
     metrics_csv = MetricsCsv(directory, names)
     checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, metrics_csv)
     continued = checkpoints.find_state() if config.task == "fit" else None
     board = _board(resolved, directory, names, continued) if config.logger.tensorboard else None
     figures = EvaluationFigures(splits) if board else None
     own: list[Callback | None] = [figures, RunLog(directory, resolved), monitor]
-    own += [checkpoints] if config.task == "fit" else []
+    own += [averaging, checkpoints] if config.task == "fit" else []
     try:
         trainer = make_trainer(
             config,
@@ -177,9 +179,7 @@ def fit_and_test(parts: Parts) -> dict[str, float]:
     if progress.counts.validated_step != classifier.global_step:
         # max_steps ended the run inside an epoch: its last weights are validated too.
         trainer.validate(classifier, datamodule=data, verbose=False)
-    metrics = dict(progress.scalars)
-    if config.test_weights == "best":
-        metrics |= checkpoints.load_best(classifier)
+    metrics = progress.scalars | checkpoints.load_tested(classifier)
     trainer.test(classifier, datamodule=data, verbose=False)
     return metrics | progress.of_split("test")
 

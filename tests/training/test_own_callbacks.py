@@ -49,6 +49,10 @@ LIGHTNING = "lightning.pytorch.callbacks"
             {"target": f"{LIGHTNING}:GradientAccumulationScheduler", "scheduling": {1: 2}},
             "is refused: set trainer.micro_batch_size",
         ),
+        (
+            {"target": f"{LIGHTNING}:EMAWeightAveraging"},
+            "WeightAveraging is refused: set ema.decay",
+        ),
         ({"target": f"{LIGHTNING}:StochasticWeightAveraging", "swa_lrs": 0.1}, "changes the sched"),
     ],
 )

@@ -16,7 +16,13 @@ from omegaconf import MISSING
 from equiloss.config.checks import open_dict, require
 from equiloss.config.data import AugmentConfig, DataConfig
 from equiloss.config.loggers import LoggerConfig, MlflowConfig, WandbConfig
-from equiloss.config.metrics import SPLIT_METRICS, MetricsConfig, mode_of, split_metrics
+from equiloss.config.metrics import (
+    AVERAGED_METRICS,
+    SPLIT_METRICS,
+    MetricsConfig,
+    evaluation_metrics,
+    mode_of,
+)
 from equiloss.config.network import ModelConfig
 from equiloss.config.parity import ParityConfig
 from equiloss.config.sweep import SweepConfig
@@ -25,6 +31,7 @@ from equiloss.config.training import (
     CallbacksConfig,
     CheckpointConfig,
     EarlyStoppingConfig,
+    EmaConfig,
     OptimizerConfig,
     SchedulerConfig,
     check_monitor,
@@ -41,6 +48,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EarlyStoppingConfig",
+    "EmaConfig",
     "LoggerConfig",
     "MetricsConfig",
     "MlflowConfig",
@@ -66,6 +74,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -85,7 +94,7 @@ class Config:
     """refuse | wait: what to do about a directory that another process is working on. unlocked:
     refuse it, and use a file system that has no locks without them."""
     test_weights: str = "best"
-    """best | last: the weights that are tested after a fit."""
+    """best | last | ema: the weights that are tested after a fit; ema are the averaged ones."""
     objective: str = "val/nll"
     """Metric that `train.py` returns to a sweeper."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
@@ -106,7 +115,12 @@ class Config:
         choose("task", self.task, ("fit", "validate", "test"))
         choose("resume", self.resume, ("auto", "never"))
         choose("in_use", self.in_use, ("refuse", "wait", "unlocked"))
-        choose("test_weights", self.test_weights, ("best", "last"))
+        choose("test_weights", self.test_weights, ("best", "last", "ema"))
+        require(
+            self.test_weights != "ema" or self.ema.decay is not None,
+            "test_weights=ema tests averaged weights, and nothing averages them: set ema.decay, "
+            "such as ema.decay=0.999, or test_weights to best or last",
+        )
         self._check_metrics()
         require(
             not (self.profile and "profiler" in self.trainer.arguments),
@@ -127,8 +141,9 @@ class Config:
     def _check_metrics(self) -> None:
         """Refuse what watches a metric that is none, or whose better end is not known."""
         extra = self.metrics.extra
-        names = [f"{split}/{name}" for split in ("val", "test") for name in split_metrics(extra)]
-        choose("objective", self.objective, names)
+        averaged = self.ema.decay is not None
+        self._check_averaged(averaged)
+        choose("objective", self.objective, evaluation_metrics(extra, averaged=averaged))
         for watched in (self.objective, self.checkpoint.monitor, self.early_stopping.monitor):
             entry = extra.get(watched.partition("/")[2], {"mode": "known"})
             require(
@@ -141,5 +156,25 @@ class Config:
             "early_stopping": self.early_stopping,
         }
         for group, watch in watches.items():
-            check_monitor(group, watch.monitor, watch.mode, extra)
+            check_monitor(group, watch.monitor, watch.mode, extra, averaged=averaged)
             watch.mode = mode_of(watch.monitor, extra)
+
+    def _check_averaged(self, averaged: bool) -> None:
+        """Refuse what watches averaged weights where there are none, and names that they need."""
+        taken = [name for name in AVERAGED_METRICS if name in self.metrics.extra]
+        require(
+            not (averaged and taken),
+            f"metrics.extra.{''.join(taken[:1])}: with ema.decay a metric has that name",
+        )
+        watches = {
+            "objective": self.objective,
+            "checkpoint.monitor": self.checkpoint.monitor,
+            "early_stopping.monitor": self.early_stopping.monitor,
+        }
+        for key, watched in watches.items():
+            name = watched.removeprefix("val/")
+            require(
+                averaged or name not in AVERAGED_METRICS or name in taken,
+                f"{key}={watched} is of averaged weights, and nothing averages them: set "
+                "ema.decay, such as ema.decay=0.999",
+            )

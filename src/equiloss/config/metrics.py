@@ -11,6 +11,8 @@ from equiloss.errors import choose
 from equiloss.imports import import_torchmetrics
 
 SPLIT_METRICS = ("loss", "nll", "acc", "balanced_acc", "acc_top5", "ece")
+# Of the averaged weights (`ema.decay`), in validations.
+AVERAGED_METRICS = ("ema_loss", "ema_nll", "ema_acc")
 
 
 @dataclass
@@ -45,6 +47,21 @@ def split_metrics(extra: Iterable[str]) -> list[str]:
     return [*SPLIT_METRICS, *extra]
 
 
+def evaluation_metrics(extra: Iterable[str], *, averaged: bool) -> list[str]:
+    """Names of all metrics of a run's evaluations, with their split's.
+
+    Args:
+        extra: Names of further metrics.
+        averaged: Whether averaged weights are validated beside the raw ones.
+
+    >>> [name for name in evaluation_metrics([], averaged=True) if "nll" in name]
+    ['val/nll', 'val/ema_nll', 'test/nll']
+    """
+    own = split_metrics(extra)
+    validated = [*own, *AVERAGED_METRICS] if averaged else own
+    return [*(f"val/{name}" for name in validated), *(f"test/{name}" for name in own)]
+
+
 def mode_of(metric: str, extra: Any = None) -> str:
     """Whether a smaller or a larger value of a metric is better: min | max.
 
@@ -52,8 +69,8 @@ def mode_of(metric: str, extra: Any = None) -> str:
         metric: Its name, with the split's: `val/acc`.
         extra: `metrics.extra`, after `with_modes`, or anything that a file has in its place.
 
-    >>> mode_of("val/acc_top5"), mode_of("test/nll")
-    ('max', 'min')
+    >>> mode_of("val/acc_top5"), mode_of("val/ema_acc"), mode_of("test/nll")
+    ('max', 'max', 'min')
     >>> mode_of("val/f1", {"f1": {"name": "F1Score", "mode": "max"}})
     'max'
     """
@@ -61,7 +78,7 @@ def mode_of(metric: str, extra: Any = None) -> str:
     entry = extra.get(name) if isinstance(extra, Mapping) else None
     if isinstance(entry, Mapping):
         return "max" if entry.get("mode") == "max" else "min"
-    return "max" if name in ("acc", "balanced_acc", "acc_top5") else "min"
+    return "max" if name in ("acc", "balanced_acc", "acc_top5", "ema_acc") else "min"
 
 
 def with_modes(extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from equiloss.config.checks import finite, is_patterns, open_dict, positive, require
-from equiloss.config.metrics import mode_of, split_metrics
+from equiloss.config.metrics import evaluation_metrics, mode_of
 from equiloss.errors import choose
 
 
-def check_monitor(group: str, monitor: str, mode: str | None, extra: Mapping[str, Any]) -> None:
+def check_monitor(
+    group: str, monitor: str, mode: str | None, extra: Mapping[str, Any], *, averaged: bool
+) -> None:
     """Refuse a metric of no validation, and a mode that would keep the worst."""
-    choose(f"{group}.monitor", monitor, [f"val/{name}" for name in split_metrics(extra)])
+    known = evaluation_metrics(extra, averaged=averaged)
+    choose(f"{group}.monitor", monitor, [name for name in known if name.startswith("val/")])
     if mode is not None:
         choose(f"{group}.mode", mode, ("min", "max"))
         right = mode_of(monitor, extra)
@@ -127,11 +130,30 @@ class SchedulerConfig:
 
 
 @dataclass
+class EmaConfig:
+    """An exponential moving average of the network's weights, beside the weights themselves."""
+
+    decay: float | None = None
+    """What stays of the average at each step, in [0, 1), such as 0.999; the rest is the step's
+    weights (null: nothing is averaged)."""
+    warmup: bool = True
+    """Let the decay of step t = 0, 1, … be min(decay, (1 + t)/(10 + t)): the weights that a run
+    starts with are soon forgotten."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.decay is None or 0 <= self.decay < 1,
+            f"ema.decay must lie in [0, 1), got {self.decay}: 0.999 is usual, and null averages "
+            "nothing",
+        )
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept of the weights."""
 
     monitor: str = "val/nll"
-    """Metric that chooses best.ckpt."""
+    """Metric that chooses best.ckpt; of a `val/ema_…` it holds the averaged weights."""
     mode: str | None = None
     """min | max: whether a smaller or a larger `monitor` is better (null: as the metric is)."""
     every_n_steps: int | None = None

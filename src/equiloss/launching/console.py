@@ -35,7 +35,8 @@ def show(result: Result, run_dir: Path) -> None:
     for name in dict.fromkeys([*SPLIT_METRICS, *logged]):
         if name == "acc_top5" and (result.num_classes or 6) <= 5:
             continue  # every class is among the first five
-        table.add_row(name, *(_readable(name, result.metrics.get(f"{s}/{name}")) for s in splits))
+        values = (result.metrics.get(f"{split}/{name}", "") for split in splits)
+        table.add_row(name, *(_readable(name, value) for value in values))
     console.print(table)
     console.print(plain(verdict(result.parity)), soft_wrap=True)
     if stop := result.stopped_early:
@@ -61,9 +62,12 @@ def show(result: Result, run_dir: Path) -> None:
     append(run_dir, console.export_text())
 
 
-def _readable(name: str, value: float | None) -> str:
+def _readable(name: str, value: float | str | None) -> str:
     if value is None:
         return "not finite"
+    if isinstance(value, str):
+        return value  # averaged weights are validated alone
+    name = name.removeprefix("ema_")
     if name not in SPLIT_METRICS:
         return f"{value:.4g}"  # in a unit of its own
     return f"{value:.4g} nats" if name in ("loss", "nll") else f"{100 * value:.2f} %"

@@ -17,7 +17,7 @@ from equiloss.config.resolved import PRESENTATION, from_stored, leaves
 from equiloss.errors import ConfigError
 from equiloss.launching.resume import is_completed
 from equiloss.records.reading import read_yaml
-from equiloss.records.run_dir import BEST, CHECKPOINTS, CONFIG, LAST
+from equiloss.records.run_dir import BEST, CHECKPOINTS, CONFIG, TESTED
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"run={name}: its {CONFIG} is no configuration of a run")
     own = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     given = {each.key_or_group for each in OverridesParser.create().parse_overrides([*overrides])}
-    weights = LAST if stored["test_weights"] == "last" else BEST
+    weights = TESTED.get(stored["test_weights"], BEST)
     config = OmegaConf.create(stored)
     OmegaConf.update(config, "ckpt_path", str(directory / CHECKPOINTS / weights))
     for key in sorted({*given, *OF_THE_COMMAND}):

@@ -21,7 +21,7 @@ from equiloss.errors import CheckpointError, ConfigError, DataError, RecordError
 from equiloss.models.build import build_network, lay_out, parameter_dtype
 from equiloss.models.dropout import RowKeys
 from equiloss.records.reading import read_yaml
-from equiloss.records.run_dir import BEST, CHECKPOINTS, CONFIG, LAST
+from equiloss.records.run_dir import BEST, CHECKPOINTS, CONFIG, LAST, TESTED
 from equiloss.training.about import About
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
 from equiloss.training.state import RunState
@@ -230,10 +230,8 @@ def checkpoint_of(path: Path) -> Path:
         raise CheckpointError(
             f"{path} is no directory of a run (its {CONFIG} {error.why}): name one, or a checkpoint"
         ) from error
-    places = [path / CHECKPOINTS / name for name in (BEST, LAST)]
-    if stored.get("test_weights") == "last":
-        places.reverse()
-    for place in places:
+    tested = TESTED.get(str(stored.get("test_weights")), BEST)
+    for place in (path / CHECKPOINTS / name for name in (tested, BEST, LAST)):
         if place.is_file():
             return place
     raise CheckpointError(f"{path} holds no checkpoint: it has neither {BEST} nor {LAST}")

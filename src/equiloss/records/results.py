@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equiloss.config.metrics import split_metrics
+from equiloss.config.metrics import evaluation_metrics
 from equiloss.errors import RecordError
 from equiloss.records.atomic import write_atomically
 from equiloss.records.reading import build, fits, read_json
@@ -50,19 +50,22 @@ STOPPED = {
 TRAIN_METRICS = ("loss", "grad_norm", "lr", "samples_per_s", "skipped_steps")
 
 
-def metric_names(formulations: Sequence[str], extra: Iterable[str] = ()) -> list[str]:
+def metric_names(
+    formulations: Sequence[str], extra: Iterable[str] = (), *, averaged: bool = False
+) -> list[str]:
     """Every name that a run logs, the same for every loss.
 
     Args:
         formulations: What is held against the oracle.
         extra: Names of further metrics of each split.
+        averaged: Whether averaged weights are validated.
 
     >>> metric_names(["cross_entropy"])[-3:]
     ['parity/sum_ratio', 'parity/row_ratio', 'parity/ranks_differ']
     """
     return [
         *(f"train/{name}" for name in TRAIN_METRICS),
-        *(f"{split}/{name}" for split in ("val", "test") for name in split_metrics(extra)),
+        *evaluation_metrics(extra, averaged=averaged),
         *(
             f"parity/{formulation}/{name}"
             for formulation in formulations

@@ -20,6 +20,9 @@ CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 BEST = "best.ckpt"
+EMA = "ema.ckpt"
+# By `test_weights`.
+TESTED = {"best": BEST, "last": LAST, "ema": EMA}
 INDEX = "index.json"
 LAST_CHECKPOINT = f"{CHECKPOINTS}/{LAST}"
 # Lightning's own, which earlier versions let it write on SLURM, and which it would prefer to ours.
@@ -50,7 +53,7 @@ def written(run_dir: Path) -> Iterator[Path]:
     yield from (run_dir / name for name in names if (run_dir / name).is_file())
     for pattern in (EVENTS, HPC):
         yield from run_dir.glob(pattern)
-    states = (LAST, PREVIOUS, BEST)
+    states = (LAST, PREVIOUS, BEST, EMA)
     kept = (*states, *(f"{name}{DAMAGED}" for name in states), INDEX)
     for folder, patterns in ((CHECKPOINTS, kept), (RANKS, ("rank*.*",))):
         if not (run_dir / folder).is_symlink():

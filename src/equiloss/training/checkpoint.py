@@ -23,9 +23,10 @@ from equiloss.config import CheckpointConfig
 from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
 from equiloss.records.reading import fits
-from equiloss.records.run_dir import BEST, LAST, PREVIOUS, set_aside
+from equiloss.records.run_dir import BEST, LAST, PREVIOUS, TESTED, set_aside
 from equiloss.records.train_log import note
 from equiloss.records.writing import writing
+from equiloss.training.averaging import measured_by
 from equiloss.training.checkpoint_file import AtomicCheckpointIO, verify
 from equiloss.training.state import RunState
 
@@ -159,7 +160,7 @@ class Checkpoints(Checkpoint):
         if better:
             self._has_best = True
             self.best = None if math.isnan(value) else value
-            with writing(self.best_path):
+            with writing(self.best_path), measured_by(self.config.monitor, trainer):
                 trainer.save_checkpoint(self.best_path, weights_only=True)
             if trainer.is_global_zero:
                 steps = f"after {trainer.global_step} steps"
@@ -200,20 +201,25 @@ class Checkpoints(Checkpoint):
             with writing(self.last_path):
                 trainer.save_checkpoint(self.last_path)
 
-    def load_best(self, module: Classifier) -> dict[str, float]:
-        """Load the best weights into a classifier, where they are there and whole.
+    def load_tested(self, module: Classifier) -> dict[str, float]:
+        """Load what `test_weights` names into a classifier that has the last weights.
+
+        It keeps those where the file is not there or not whole.
 
         Returns:
             The validation metrics of the weights that are loaded now.
         """
+        path = self.directory / TESTED[module.config.test_weights]
+        if path == self.last_path:
+            return {}
         try:
-            return load_weights(module, self.best_path)
+            return load_weights(module, path)
         except DamagedError as error:
             lost = str(error)
         except CheckpointError:
-            if self.best_path.is_file():
+            if path.is_file():
                 raise
-            lost = f"{self.best_path} is gone"
+            lost = f"{path} is gone"
         note = f"{lost}: the last weights were tested"
         log.warning("%s", note)
         module.progress.notes.append(note)

@@ -2,7 +2,7 @@
 
 torch's format is a ZIP archive, and an archive may end in a comment: a checkpoint's is the digest
 of everything before it. (A flipped byte would otherwise load in silence: torch ignores the
-archive's own checksums.) `checkpoints/index.json` has the digests of the last and the best, as
+archive's own checksums.) `checkpoints/index.json` has the newest digest of each name, as
 `sha256sum` prints them; nothing depends on it but files of versions that wrote no seal.
 """
 

@@ -253,11 +253,15 @@ class Classifier(LightningModule):
         # The validation of a fit goes on to its end: an epoch is saved with it.
         if self.trainer.state.fn != "fit":
             interruption.check()
+        return self.evaluate(batch, self.evaluation)
+
+    def evaluate(self, batch: Batch, metric: EvaluationMetric) -> Tensor:
+        """Add this rank's slice of an evaluation batch to a metric; returns the logits [n, K]."""
         outputs = self.outputs(batch.images)
         # Ranks of classes and calibration are figures of the logits, whatever the loss takes.
         logits = outputs.logits()
         sums = self.criterion.exact_sum(outputs, batch.target)
-        self.evaluation.update(logits, batch.target, sums)
+        metric.update(logits, batch.target, sums)
         return logits
 
     def _finish_evaluation(self, split: str) -> None:

@@ -16,6 +16,7 @@ REFUSED: dict[type[Callback], str] = {
     "of the whole global batch",
     callbacks.BatchSizeFinder: "data.batch_size is global, and trainer.micro_batch_size what fits",
     callbacks.StochasticWeightAveraging: "it changes the schedule that was asked for",
+    callbacks.WeightAveraging: "set ema.decay, which keeps the weights and their average apart",
     callbacks.LearningRateFinder: "it would train before the run: sweep optimizer.lr",
     callbacks.ModelCheckpoint: "set checkpoint.monitor and checkpoint.every_n_steps",
     callbacks.EarlyStopping: "set callbacks=early_stopping",

@@ -15,7 +15,10 @@ from equiloss.training.progress_bar import epoch_of
 if TYPE_CHECKING:
     from equiloss.training.classifier import Classifier
 
-FIGURES = ("train/loss", "val/loss", "val/nll", "val/acc", "train/lr", "train/samples_per_s")
+FIGURES = (
+    *("train/loss", "val/loss", "val/nll", "val/acc", "val/ema_nll", "val/ema_acc"),
+    *("train/lr", "train/samples_per_s"),
+)
 
 
 class RunLog(Callback):
