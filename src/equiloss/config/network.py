@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 from equiloss.config.checks import open_dict, require
+from equiloss.errors import choose
+
+# Endings of the files that model.weights takes.
+ENDINGS = (".pth", ".pt", ".safetensors")
+# Networks of this project, or of the user's: nobody publishes weights for them.
+OWN = ("convnet", "mlp", "custom")
+
+
+def is_file(weights: str) -> bool:
+    """Whether `model.weights` is a file, and not the name of published weights.
+
+    >>> is_file("mine/resnet.pth"), is_file("IMAGENET1K_V1")
+    (True, False)
+    """
+    return weights.endswith(ENDINGS)
 
 
 @dataclass
@@ -15,11 +31,20 @@ class ModelConfig:
     """The network that turns images into logits."""
 
     name: str = MISSING
-    """convnet | mlp | custom | any classifier of torchvision, such as resnet18."""
+    """convnet | mlp | custom | any classifier of `library`, such as resnet18."""
+    library: str = "torchvision"
+    """torchvision | timm: whose networks the other names are."""
     target: str | None = None
     """With name=custom: `package.module:function(num_classes=…, in_channels=…, **options)`."""
     options: dict[str, Any] = field(default_factory=open_dict)
     """Keyword arguments of the network."""
+    weights: str | None = None
+    """What a fit starts from: DEFAULT or a name of the library's published weights, or a file
+    (.pth, .pt, .safetensors) with a state dict (null: random weights)."""
+    weights_strict: bool = True
+    """Refuse weights of which tensors other than the head's do not fit; false leaves them out."""
+    download: bool = False
+    """Fetch published weights that are not in the library's cache."""
     compile: bool = False
     """Run the network through torch.compile."""
     channels_last: Any = "auto"
@@ -35,4 +60,18 @@ class ModelConfig:
             (self.name == "custom") == (self.target is not None),
             "model.target names a function for model=custom, and only there: "
             "model=custom model.target=package.module:function",
+        )
+        choose("model.library", self.library, ("torchvision", "timm"))
+        if self.weights is None or is_file(self.weights):
+            return
+        file = f"a file ends in {', '.join(ENDINGS)}"
+        require(
+            not self.weights.endswith(".ckpt"),
+            f"model.weights={self.weights}: checkpoints of equiloss go by init_from=; {file}",
+        )
+        name = re.fullmatch(r"\w+", self.weights) is not None
+        require(name, f"model.weights={self.weights} is no name of weights, and {file}")
+        require(
+            self.library != "torchvision" or self.name not in OWN,
+            f"model.weights={self.weights}: nobody publishes weights for model={self.name}; {file}",
         )
