@@ -26,6 +26,15 @@ def is_file(weights: str) -> bool:
     return weights.endswith(ENDINGS)
 
 
+def usual_image_size(weights: str | None) -> int | None:
+    """Height and width of pictures in files, in pixels; None where published weights decide it.
+
+    >>> usual_image_size(None), usual_image_size("DEFAULT")
+    (224, None)
+    """
+    return 224 if weights is None or is_file(weights) else None
+
+
 @dataclass
 class ModelConfig:
     """The network that turns images into logits."""

@@ -39,7 +39,7 @@ def network(name: str, num_classes: int, channels: int, /, **options: Any) -> nn
         ModelError: if timm is not installed, or has no such network.
     """
     _check(name)
-    import timm
+    import timm.layers
 
     for key, why in FIXED.items():
         if key in options:
@@ -47,7 +47,26 @@ def network(name: str, num_classes: int, channels: int, /, **options: Any) -> nn
     model: nn.Module = timm.create_model(
         name, pretrained=False, num_classes=num_classes, in_chans=channels, **options
     )
+    layers: Any = timm.layers
+    for module in model.modules():
+        if type(module) is layers.BatchNormAct2d:
+            module.__class__ = BatchNormAct2d
     return model
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's batch normalisation with an activation after it, which is a copy of torch's code.
+
+    Here it calls torch's, which can so be replaced by what goes over all ranks.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
+        """[n, C, H, W] -> [n, C, H, W]."""
+        activated: Tensor = self.act(self.drop(super().forward(input)))
+        return activated
 
 
 def published(config: ModelConfig) -> Published:

@@ -53,10 +53,15 @@ def read(file: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(
             f"model.weights={file} holds no tensors by their names: save network.state_dict()"
         )
-    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
-        if all(name.startswith(prefix) for name in found):
-            found = _without(prefix, found)
+    while prefix := _wrapper(found):
+        found = _without(prefix, found)
     return found
+
+
+def _wrapper(found: Mapping[str, Tensor]) -> str | None:
+    """The prefix that DistributedDataParallel or torch.compile has given to all names."""
+    of_all = (p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in found))
+    return next(of_all, None)
 
 
 def _tensors(loaded: Any) -> OrderedDict[str, Tensor]:
