@@ -20,6 +20,7 @@ from equiloss.models import weights
 from equiloss.models.build import build_network
 from equiloss.models.dropout import RowKeys
 from equiloss.records.results import Result
+from equiloss.training.about import About
 from support import Run, composed, final_weights, slow, wrong_with
 
 SMALL = {"name": "convnet", "options": {"widths": [8, 16]}}
@@ -392,6 +393,29 @@ class TestRuns:
             assert (after[f"model.{name}"] - parameter).abs().max() < 1e-20
 
 
+def test_a_checkpoint_of_an_earlier_version_is_of_torchvision() -> None:
+    saved = {
+        "model": {"name": "resnet18", "target": None, "options": {}},
+        "class_names": ["a", "b"],
+        "image_shape": [1, 8, 8],
+        "image_size": None,
+        "mean": [0.5],
+        "std": [0.5],
+        "range": None,
+        "background": "white",
+        "data": "digits",
+        "precision": "32-true",
+        "channels_last": False,
+        "versions": {},
+    }
+    assert About.read(saved, "a.ckpt").model["library"] == "torchvision"
+    other = {**saved, "model": {**saved["model"], "library": "timm"}}
+    assert About.read(other, "a.ckpt").model["library"] == "timm"
+    for model in (None, {"name": "resnet18"}):
+        with pytest.raises(CheckpointError, match="another version of equiloss"):
+            About.read({**saved, "model": model}, "a.ckpt")
+
+
 NETWORKS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "mobilenet_v3_small": ({}, {"neighbours", "learns"}),
     "efficientnet_b0": ({}, {"neighbours", "learns"}),
@@ -407,6 +431,7 @@ def test_networks_start_from_weights_of_1000_classes(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Built, loaded, trained for five steps and evaluated; and only batch norm minds the others."""
+    from equiloss import load as load_run
     from equiloss.run import run
 
     options, effects = NETWORKS[name]
@@ -434,8 +459,10 @@ def test_networks_start_from_weights_of_1000_classes(
     assert (result.status, result.steps["taken"]) == ("completed", 5)
     assert {each["effect"] for each in result.network} == effects
     assert all(each["batch_norm"] for each in result.network)
-    metrics: dict[str, Any] = result.metrics
-    assert metrics["test/nll"] > 0
+    # A checkpoint says of which library its network is, and has its logits.
+    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    probabilities = load_run(tmp_path / "run").predict(pixels).probabilities
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2))
     after: dict[str, Tensor] = final_weights(tmp_path / "run")
     first = next(iter(dict(big.named_parameters())))
     moved = (after[f"model.{first}"] - big.state_dict()[first]).abs().max()
