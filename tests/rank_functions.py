@@ -220,12 +220,20 @@ def run_until_out_of_time(config: ResolvedConfig, directory: Path) -> None:
         run_in_rank(config, directory)
 
 
+class Activated(nn.BatchNorm2d):
+    """Batch norm that does something more, as layers of other libraries do."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).relu()
+
+
 def batch_norm_passes(counts: list[int]) -> list[dict[str, Tensor]]:
     """Two training passes and an evaluation of a layer, with the gradients of the second."""
     cases: list[tuple[nn.Module, tuple[int, ...]]] = [
         (nn.BatchNorm1d(5, dtype=torch.float64), (5,)),
         (nn.BatchNorm2d(5, momentum=None, dtype=torch.float64), (5, 3, 2)),
         (nn.BatchNorm2d(5, affine=False, dtype=torch.float64), (5, 3, 2)),
+        (Activated(5, dtype=torch.float64), (5, 3, 2)),
     ]
     found = []
     for layer, shape in cases:

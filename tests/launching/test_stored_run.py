@@ -62,6 +62,10 @@ def test_paths_count_from_where_the_user_stood(monkeypatch: pytest.MonkeyPatch) 
     user_paths(config)
     assert (config.data.table, config.data.root) == ("/home/ada/a.csv", "/home/ada/pictures")
     assert config.init_from == "weights.ckpt"  # as it was written
+    for given, found in {"~/w.pth": "/home/ada/w.pth", "DEFAULT": "DEFAULT"}.items():
+        config = asked("model=torchvision", f"model.weights='{given}'")
+        user_paths(config)
+        assert config.model.weights == found
 
 
 def test_the_weights_are_those_that_the_run_tested(stored: Path) -> None:

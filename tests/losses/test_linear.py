@@ -15,7 +15,7 @@ from equiloss.errors import LossError, ModelError
 from equiloss.losses import Criterion
 from equiloss.losses.projection import Projection
 from equiloss.losses.signature import read
-from equiloss.models.build import build_network, expose_head
+from equiloss.models.build import build_network, expose_head, features_and_head
 from equiloss.models.dropout import RowKeys
 from support import slow
 
@@ -133,7 +133,8 @@ class TestNetworks:
         expose_head(name, model, 5)
         assert list(model.state_dict()) == names
         images = torch.randn(2, *size)
-        features, head = model.forward_features(images), model.head
+        features_of, head = features_and_head(model)
+        features = features_of(images)
         assert features.ndim == 2
         assert torch.equal(head(features), model(images))
 
@@ -149,7 +150,10 @@ class TestNetworks:
         model.forward_features = torch.nn.Identity()
         expose_head("own", model, 2, compiled=True)
         images = torch.randn(2, 3)
-        assert torch.equal(model.forward_features(images), images)
+        features_of, head = features_and_head(model)
+        assert torch.equal(features_of(images), images)
+        assert features_of is not model.forward_features
+        assert head is model.head
 
 
 FAST = ("data.max_samples=100", "trainer.max_steps=8", "parity.every_n_steps=3", "logger=csv")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from equiloss.models.dropout import KeyedDropout, RowKeys, key_dropout
+from equiloss.models.dropout import KeyedDropout, KeyedStochasticDepth, RowKeys, key_dropout
 
 each_p = pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 
@@ -97,3 +97,56 @@ def test_layers_of_a_network_are_replaced_and_differ() -> None:
     key_dropout(model, row_keys)
     layers = [module for module in model.modules() if isinstance(module, KeyedDropout)]
     assert [(layer.p, layer.layer) for layer in layers] == [(0.2, 0), (0.3, 1)]
+
+
+class TestStochasticDepth:
+    def branches(self, p: float, index: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        """What becomes of ones [n, 2, 3]."""
+        row_keys = RowKeys(0)
+        with row_keys.bound_to(index, epoch=0):
+            return KeyedStochasticDepth(p, row_keys, layer)(torch.ones(len(index), 2, 3))
+
+    @each_p
+    def test_whole_rows_are_dropped_with_probability_p_and_scaled(self, p: float) -> None:
+        found = self.branches(p, torch.arange(10_000))
+        assert found.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
+        assert torch.equal(found, found[:, :1, :1].expand_as(found))
+        # Ten thousand draws: five standard deviations of their mean.
+        assert abs((found[:, 0, 0] == 0).double().mean() - p) < 5 * (p * (1 - p) / 1e4) ** 0.5
+
+    def test_a_sample_has_its_own_in_any_batch_and_layer(self) -> None:
+        together = self.branches(0.5, torch.arange(64))
+        assert torch.equal(self.branches(0.5, torch.tensor([9, 3])), together[[9, 3]])
+        assert not torch.equal(self.branches(0.5, torch.arange(64), layer=1), together)
+
+    def test_outside_of_a_step_rows_are_drawn(self) -> None:
+        layer = KeyedStochasticDepth(0.5, RowKeys(0), 0)
+        torch.manual_seed(0)
+        found = layer(torch.ones(64, 4))
+        assert torch.equal(found, found[:, :1].expand_as(found))
+        assert found.unique().tolist() == [0, 2]
+        assert not torch.equal(layer(torch.ones(64, 4)), found)
+        assert torch.equal(layer.eval()(torch.ones(64, 4)), torch.ones(64, 4))
+
+    def test_where_the_first_axis_is_not_the_rows_it_draws_from_the_generator(self) -> None:
+        row_keys = RowKeys(0)
+        before = torch.random.get_rng_state()
+        with row_keys.bound_to(torch.arange(2), 0):
+            found = KeyedStochasticDepth(0.5, row_keys, 0)(torch.ones(64, 5))
+        assert found.unique().tolist() == [0, 2]
+        assert not torch.equal(torch.random.get_rng_state(), before)
+
+    def test_layers_of_torchvision_and_timm_are_replaced_after_those_of_dropout(self) -> None:
+        from timm.layers import DropPath
+        from torchvision.ops import StochasticDepth
+
+        of_batch, unscaled = StochasticDepth(0.1, "batch"), DropPath(0.1, scale_by_keep=False)
+        layers = [StochasticDepth(0.3, "row"), nn.Dropout(0.2), DropPath(0.4), of_batch, unscaled]
+        model = nn.Sequential(*layers)
+        key_dropout(model, RowKeys(0))
+        assert [(type(m), m.p, m.layer) for m in model[:3]] == [
+            (KeyedStochasticDepth, 0.3, 1),
+            (KeyedDropout, 0.2, 0),
+            (KeyedStochasticDepth, 0.4, 2),
+        ]
+        assert [*model[3:]] == [of_batch, unscaled]

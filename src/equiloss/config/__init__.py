@@ -132,6 +132,11 @@ class Config:
             f"init_from is where task=fit starts from, and task={self.task} has ckpt_path or run",
         )
         require(
+            self.init_from is None or self.model.weights is None,
+            f"init_from={self.init_from} and model.weights={self.model.weights} both say what a "
+            "fit starts from: give one",
+        )
+        require(
             (self.ckpt_path is None) == (self.task == "fit"),
             "ckpt_path names the checkpoint for task=validate and task=test, and only there (or "
             f"run= the directory of its run): task={self.task} "

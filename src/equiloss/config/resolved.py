@@ -16,6 +16,7 @@ from equiloss.config import Config, TrainerConfig
 from equiloss.config.checks import check_plain, require
 from equiloss.config.documentation import help_text
 from equiloss.config.metrics import MetricsConfig, mode_of, with_modes
+from equiloss.config.network import usual_image_size
 from equiloss.errors import ConfigError
 
 # What only a person sees, and how jobs are launched: a completed run is the same run without it.
@@ -195,4 +196,5 @@ def register_schema() -> None:
 OmegaConf.register_new_resolver("help_text", help_text, replace=True)
 OmegaConf.register_new_resolver("presentation_keys", lambda: sorted(PRESENTATION), replace=True)
 OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
+OmegaConf.register_new_resolver("usual_image_size", usual_image_size, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)

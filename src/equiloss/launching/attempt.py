@@ -127,6 +127,10 @@ def _carry_out(
         from equiloss.data import datasets
 
         datasets.load(config.data)
+    if config.model.download and config.task == "fit" and not has_state(run_dir):
+        from equiloss.models import weights
+
+        weights.fetch(config.model)
     with share or nullcontext({}) as variables:
         ranks.supervise(run_dir, run, world_size, config.trainer, variables)
     if not is_completed(run_dir):

@@ -28,6 +28,7 @@ from equiloss.launching.attempt import about, attempt
 from equiloss.launching.composition_errors import explain
 from equiloss.launching.job import Job
 from equiloss.launching.precision import settled
+from equiloss.launching.pretrained import following_weights
 from equiloss.launching.resume import claim
 from equiloss.launching.stored_run import of_run, user_paths
 from equiloss.records.ledger import ATTEMPT, Ledger
@@ -62,7 +63,7 @@ def _launch(composed: DictConfig, run_dir: Path, job: Job) -> float:
             user_paths(composed)
             resolved = resolve(of_run(composed, HydraConfig.get().overrides.task))
             membership.join(resolved.config.trainer)
-            resolved = settled(resolved, run_dir)
+            resolved = settled(following_weights(resolved), run_dir)
             return _do(resolved, run_dir, job)
     except Interrupted as interrupted:
         with suppress(FileError):  # which would let the sweep go on

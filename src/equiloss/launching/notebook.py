@@ -19,6 +19,7 @@ from equiloss.errors import ConfigError
 from equiloss.launching.attempt import attempt
 from equiloss.launching.composition_errors import check_words, explain, of_composition
 from equiloss.launching.precision import settled
+from equiloss.launching.pretrained import following_weights
 from equiloss.launching.project import RUN, config_dir
 from equiloss.launching.resume import claim
 from equiloss.launching.stored_run import of_run, user_paths
@@ -98,7 +99,7 @@ def fit(config: ResolvedConfig, directory: str | os.PathLike[str] | None = None)
     """
     place = Path(f"runs/{config.config.task}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     place = place if directory is None else Path(directory)
-    config = settled(config, place)
+    config = settled(following_weights(config), place)
     with interruption.listening(), claim(place, config) as todo:
         if todo:
             attempt(config, place, RUN, again=f"fit(config, {str(place)!r})")

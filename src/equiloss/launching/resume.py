@@ -38,6 +38,7 @@ MAY_CHANGE = PRESENTATION | {
     "data.root",
     "data.table",
     "data.download",
+    "model.download",
     "data.num_workers",
     "data.worker_timeout_s",
     "data.cache",

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_original_cwd, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
+from equiloss.config.network import is_file
 from equiloss.config.resolved import PRESENTATION, from_stored, leaves
 from equiloss.errors import ConfigError
 from equiloss.launching.resume import is_completed
@@ -22,7 +23,7 @@ from equiloss.records.run_dir import BEST, CHECKPOINTS, CONFIG, TESTED
 log = logging.getLogger(__name__)
 
 # What a stranger's run does not decide: where is logged, what is fetched, what is shown.
-OF_THE_COMMAND = {"logger", "data.download", *PRESENTATION}
+OF_THE_COMMAND = {"logger", "data.download", "model.download", *PRESENTATION}
 
 
 def user_paths(composed: DictConfig) -> None:
@@ -30,9 +31,9 @@ def user_paths(composed: DictConfig) -> None:
 
     A path that already does stays as it is written: it is part of what a run is known by.
     """
-    for key in ("data.root", "data.table", "ckpt_path", "init_from"):
+    for key in ("data.root", "data.table", "ckpt_path", "init_from", "model.weights"):
         path = OmegaConf.select(composed, key, throw_on_missing=False)
-        if isinstance(path, str):
+        if isinstance(path, str) and (key != "model.weights" or is_file(path)):
             path = os.path.expanduser(path)  # noqa: PTH111  # which would write it anew
             # From Python no application of Hydra's has moved.
             moved = HydraConfig.initialized() and Path.cwd() != Path(get_original_cwd())

@@ -19,6 +19,15 @@ def is_in(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
+def is_torchs(model: nn.Module) -> bool:
+    """Whether a network's batch normalisation is torch's own, and nothing made from it.
+
+    torch's conversion to `SyncBatchNorm` forgets what a class of another library does besides.
+    """
+    kinds = {type(module) for module in model.modules() if isinstance(module, _BatchNorm)}
+    return all(kind.__module__.startswith("torch.nn.") for kind in kinds)
+
+
 def synchronise(model: nn.Module) -> None:
     """Have a network's batch normalisation take its statistics over all ranks, in place.
 
@@ -27,7 +36,8 @@ def synchronise(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, _OverRanks):
             kind = type(module)
-            module.__class__ = type(kind.__name__, (_OverRanks, kind), {})
+            # A class with a forward pass of its own keeps it, and calls the one below.
+            module.__class__ = type(kind.__name__, (kind, _OverRanks), {})
 
 
 class _SumOverRanks(torch.autograd.Function):

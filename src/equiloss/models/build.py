@@ -1,7 +1,7 @@
 """Networks by name: images [N, C, H, W] -> logits [N, K].
 
-Those of `equiloss.models.networks`, anything of torchvision by its own name, and anything else
-through `model=custom`.
+Those of `equiloss.models.networks`, anything of torchvision and timm by its own name, and anything
+else through `model=custom`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from equiloss.config import Config, ModelConfig
-from equiloss.errors import ModelError, UserError, first_line, unknown
+from equiloss.errors import ModelError, UserError, first_line
 from equiloss.imports import import_target
-from equiloss.models import freezing
+from equiloss.models import freezing, timm
 from equiloss.models.dropout import RowKeys, key_dropout
 from equiloss.models.networks import MLP, ConvNet
+from equiloss.models.published import torchvision_models
 
+# Where a network has its features and its head.
+EXPOSED = "_equiloss_exposed"
 # Arguments of torchvision's networks that are not the user's.
 FIXED = {
-    "weights": "networks are trained from scratch, or from a checkpoint of equiloss (init_from=)",
+    "weights": "model.weights names the weights to start from",
     "num_classes": "it is the number of classes in the data",
 }
 
@@ -51,7 +54,9 @@ def build_network(
     options = dict(config.options)
     make: Callable[..., Any] = partial(_torchvision, config.name)
     sizes: tuple[int, ...] = (num_classes, channels)
-    if config.name == "convnet":
+    if config.library == "timm":
+        make = partial(timm.network, config.name)
+    elif config.name == "convnet":
         make = ConvNet
     elif config.name == "mlp":
         make, sizes = MLP, (num_classes, channels * height * width)
@@ -99,37 +104,46 @@ def lay_out(config: ModelConfig, model: nn.Module, order: torch.memory_format) -
 
 
 def expose_head(name: str, model: nn.Module, num_classes: int, *, compiled: bool = False) -> None:
-    """Make sure that a network has `forward_features` and a linear `head`, for losses that ask.
+    """Find a network's features and its linear head, for losses that ask.
 
-    A network of torchvision gets both: its last linear layer is the head, and its features are
-    what that layer is given.
+    A network of torchvision or timm gets both: its last linear layer is the head, and its features
+    are what that layer is given. (timm's own `forward_features` are not those.)
 
     Args:
         name: The network's name, for error messages.
-        model: Changed in place; names in its state_dict stay.
+        model: Gets them for `features_and_head`; names in its state_dict stay.
         num_classes: K.
         compiled: Whether features go through torch.compile.
 
     Raises:
         ModelError: for a network without a linear head of K outputs.
     """
-    if not hasattr(model, "forward_features"):
+    of_timm = type(model).__module__.startswith("timm.")
+    features: Any = None if of_timm else getattr(model, "forward_features", None)
+    head: Any = getattr(model, "head", None)
+    if features is None:
         heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        if heads and heads[-1].out_features == num_classes:
-            last = heads[-1]
+        head = heads[-1] if heads and heads[-1].out_features == num_classes else None
+        classifier: Any = getattr(model, "get_classifier", None)
+        if of_timm and classifier() is not head:
+            head = None  # some have two, and the mean of their logits
+        if head is not None:
             # The layer itself stays, with its name and its parameters.
-            last.__class__ = _Head
-            # Past nn.Module's own: the head has a place in the network already.
-            object.__setattr__(model, "head", last)
-            object.__setattr__(model, "forward_features", lambda images: _features(model, images))
-    features: Any = getattr(model, "forward_features", None)
-    if features is None or not isinstance(getattr(model, "head", None), nn.Linear):
+            head.__class__ = _Head
+            features = partial(_features, model, head)
+    if features is None or not isinstance(head, nn.Linear):
         raise ModelError(
             f"model {name!r} has no linear head that gives the logits, which this loss asks for: "
             "a network of your own exposes `forward_features` and `head` (an nn.Linear)"
         )
-    if compiled:
-        object.__setattr__(model, "forward_features", torch.compile(features))
+    # Past nn.Module's own: the head has a place in the network already.
+    object.__setattr__(model, EXPOSED, (torch.compile(features) if compiled else features, head))
+
+
+def features_and_head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
+    """What `expose_head` has found: images [N, C, H, W] -> features [N, D], and the head."""
+    exposed: tuple[Callable[[Tensor], Tensor], nn.Linear] = getattr(model, EXPOSED)
+    return exposed
 
 
 class _Head(nn.Linear):
@@ -141,10 +155,8 @@ class _Head(nn.Linear):
         return input if self.bypassed else super().forward(input)
 
 
-def _features(model: nn.Module, images: Tensor) -> Tensor:
-    """What the head of a network of torchvision is given: [N, C, H, W] -> [N, D]."""
-    head = model.head
-    assert isinstance(head, _Head)
+def _features(model: nn.Module, head: _Head, images: Tensor) -> Tensor:
+    """What the head of a network of torchvision or timm is given: [N, C, H, W] -> [N, D]."""
     head.bypassed = True
     try:
         features: Tensor = model(images)
@@ -154,18 +166,18 @@ def _features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _torchvision(name: str, num_classes: int, channels: int, /, **options: Any) -> nn.Module:
-    # Imported here: torchvision is slow to import, and the small networks do without it.
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ModelError(unknown("model", name, ["convnet", "mlp", "custom", *known]))
+    models = torchvision_models(name)
     for key, why in FIXED.items():
         if key in options:
             raise ModelError(f"model.options.{key} cannot be set: {why}")
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary heads return a second set of logits while training.
         options = {"aux_logits": False, "init_weights": True, **options}
+    if options.get("transform_input") and channels != 3:
+        raise ModelError(
+            f"model.options.transform_input is for 3 channels, and the images have {channels}: set "
+            "it to false"
+        )
     model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
     _fit_stem(model, channels)
     return model

@@ -8,10 +8,12 @@ sample, layer): the same for every split of the batch, and after a resume.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiloss.randomness import Stream, keyed_bernoulli, keyed_bits
@@ -91,10 +93,37 @@ class KeyedDropout(nn.Dropout):
                 f"dropout on {list(input.shape)} in a forward pass of {len(keys)} rows: its first "
                 "axis must be the rows'"
             )
+        return self._dropped(input, keys, input.shape)
+
+    def _dropped(self, values: Tensor, keys: Tensor, shape: Sequence[int]) -> Tensor:
+        """Values [n, …] times a mask of some shape, [n, …] or 1 in the place of an axis."""
         draw = _opaque_bernoulli if torch.compiler.is_compiling() else keyed_bernoulli
-        dropped = draw(self.p, keys, self.layer, math.prod(input.shape[1:]))  # [n, values]
-        kept = (~dropped).view(input.shape).to(input.dtype)
-        return input * kept * (1 / (1 - self.p) if self.p < 1 else 0.0)
+        dropped = draw(self.p, keys, self.layer, math.prod(shape[1:]))  # [n, draws]
+        kept = (~dropped).view(shape).to(values.dtype)
+        return values * kept * (1 / (1 - self.p) if self.p < 1 else 0.0)
+
+
+class KeyedStochasticDepth(KeyedDropout):
+    """A residual branch that is 0 for a sample with probability p, else x / (1 - p).
+
+    Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016; torchvision's StochasticDepth
+    by row, and timm's DropPath. Where the first axis is not the rows', it draws as they do.
+
+    >>> import torch
+    >>> keys = RowKeys(seed=0)
+    >>> layer, branch = KeyedStochasticDepth(0.5, keys, layer=0), torch.ones(4, 8)
+    >>> with keys.bound_to(torch.arange(4), epoch=0):
+    ...     sorted({tuple(row.unique().tolist()) for row in layer(branch)})
+    [(0.0,), (2.0,)]
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
+        """Drop in training: [n, …] -> [n, …]."""
+        keys = self.row_keys.keys if self.training and self.p > 0 else None
+        shape = [len(input)] + [1] * (input.dim() - 1)
+        if keys is None or input.shape[:1] != keys.shape:
+            return input * F.dropout(input.new_ones(shape), self.p, self.training)
+        return self._dropped(input, keys, shape)
 
 
 @torch.library.custom_op("equiloss::keyed_bernoulli", mutates_args=())
@@ -109,12 +138,25 @@ def _(_p: float, keys: Tensor, _number: int, draws: int) -> Tensor:
 
 
 def key_dropout(model: nn.Module, row_keys: RowKeys) -> None:
-    """Replace every `torch.nn.Dropout` of a network by a `KeyedDropout`."""
-    places = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if type(child) is nn.Dropout
-    ]
-    for layer, (module, name, child) in enumerate(places):
-        setattr(module, name, KeyedDropout(child.p, row_keys, layer))
+    """Replace what drops values, or rows of a residual branch, by what has masks by sample."""
+    places: list[tuple[nn.Module, str, float, type[KeyedDropout]]] = []
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                places.append((module, name, child.p, KeyedDropout))
+            elif (rate := _depth_rate(child)) is not None:
+                places.append((module, name, rate, KeyedStochasticDepth))
+    # Dropout comes first: its numbers, and so its masks, are those of earlier versions.
+    places.sort(key=lambda place: place[3] is KeyedStochasticDepth)
+    for layer, (module, name, rate, kind) in enumerate(places):
+        setattr(module, name, kind(rate, row_keys, layer))
+
+
+def _depth_rate(module: nn.Module) -> float | None:
+    """Probability of a layer that drops rows of a branch and scales the others; else None."""
+    kind = f"{type(module).__module__}.{type(module).__name__}"  # without importing either library
+    if kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
+        return float(cast(float, module.p))
+    if kind == "timm.layers.drop.DropPath" and module.scale_by_keep:
+        return float(cast(float, module.drop_prob))
+    return None

@@ -15,7 +15,7 @@ from equiloss.models.build import memory_order
 from equiloss.records.reading import build, fits
 
 # What of the network's configuration is kept.
-MODEL = {"name": str, "target": str | None, "options": dict[str, Any]}
+MODEL = {"name": str, "library": str, "target": str | None, "options": dict[str, Any]}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class About:
     """The network, and how files become what it is given; plain data."""
 
     model: dict[str, Any]
-    """`name`, `target` and `options`, as the configuration has them."""
+    """`name`, `library`, `target` and `options`, as the configuration has them."""
     class_names: list[str]
     """In the order of the logits."""
     image_shape: list[int]
@@ -63,7 +63,10 @@ class About:
             data=config.data.name,
             precision=config.trainer.precision,
             channels_last=memory_order(config) == torch.channels_last,
-            versions={name: version(name) for name in ("equiloss", "torch", "torchvision")},
+            versions={
+                name: version(name)
+                for name in dict.fromkeys(("equiloss", "torch", "torchvision", model["library"]))
+            },
         )
 
     @classmethod
@@ -79,7 +82,8 @@ class About:
                 "are for: evaluate it by task=test run=DIR"
             )
         try:
-            about = build(cls, saved)
+            # Earlier versions had one library only.
+            about = build(cls, {**saved, "model": {"library": "torchvision", **saved["model"]}})
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is of another version of equiloss") from error
         channels = about.image_shape[:1]

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from equiloss.config import CheckpointConfig
 from equiloss.distributed import collectives, interruption
 from equiloss.errors import CheckpointError, DamagedError
+from equiloss.models import weights
 from equiloss.records.reading import fits
 from equiloss.records.run_dir import BEST, LAST, PREVIOUS, TESTED, set_aside
 from equiloss.records.train_log import note
@@ -234,13 +235,16 @@ def give_weights(module: Classifier, *, continued: bool) -> None:
         continued: Whether the fit goes on from a state of its own.
 
     Raises:
-        CheckpointError: as `load_weights` and `start_from`.
+        CheckpointError: as `load_weights`, `start_from` and `weights.give`.
     """
     config = module.config
     if config.task != "fit":
         load_weights(module, Path(str(config.ckpt_path)))
     elif config.init_from is not None and not continued:
         log.info("starting with %s", start_from(module, Path(config.init_from)))
+    elif config.model.weights is not None and not continued:
+        classes = module.evaluation.num_classes
+        log.info("starting with %s", weights.give(module.model, config.model, classes))
 
 
 def start_from(module: Classifier, path: Path) -> str:

@@ -20,6 +20,7 @@ from equiloss.data.datasets import Batch
 from equiloss.distributed import collectives, interruption
 from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Logits, Outputs, Projection
+from equiloss.models.build import features_and_head
 from equiloss.models.dropout import RowKeys
 from equiloss.training import bitwise, optim
 from equiloss.training.about import About
@@ -93,8 +94,7 @@ class Classifier(LightningModule):
         """What the loss asks for: logits [N, K], or the head's input and the head."""
         if not self.criterion.signature.wants_features:
             return Logits(self.model(images))
-        features: Any = self.model.forward_features
-        head: Any = self.model.head
+        features, head = features_and_head(self.model)
         return Projection(features(images), head.weight, head.bias)
 
     @property

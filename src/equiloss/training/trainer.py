@@ -69,6 +69,7 @@ def make_trainer(
     options, group = config.trainer, membership.external()
     world_size = membership.ranks_asked_for(options) if group is None else group.world_size
     on_gpu = options.accelerator not in ("cpu", "auto") or torch.cuda.is_available()
+    torchs = batch_norm.is_torchs(model)
     stages = Stages() if config.profile else None
     watching = [Profile(stages, run_dir, Console().print)] if stages else []
     trainer = Trainer(
@@ -81,7 +82,7 @@ def make_trainer(
         max_steps=-1 if options.max_steps is None else options.max_steps,
         deterministic=options.deterministic,
         # torch's exists for GPUs only.
-        sync_batchnorm=world_size > 1 and on_gpu and batch_norm.is_in(model),
+        sync_batchnorm=world_size > 1 and on_gpu and batch_norm.is_in(model) and torchs,
         log_every_n_steps=options.log_every_n_steps,
         logger=list(loggers),
         callbacks=[*watching, *callbacks, *_configured_callbacks(config, model)],
@@ -95,7 +96,7 @@ def make_trainer(
         **options.arguments | ({"profiler": stages} if stages else {}),
     )
     _leave_signals_alone(trainer)
-    if trainer.strategy.root_device.type == "cpu":
+    if trainer.strategy.root_device.type == "cpu" or not torchs:
         batch_norm.synchronise(model)
     return trainer
 
