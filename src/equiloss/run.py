@@ -32,7 +32,7 @@ from equiloss.records.metrics_csv import MetricsCsv
 from equiloss.records.results import Result, metric_names
 from equiloss.records.tensorboard import RunTensorBoard
 from equiloss.records.trackers import tracked
-from equiloss.training import checkpoint, optim, own_callbacks
+from equiloss.training import optim, own_callbacks, starting_weights
 from equiloss.training.about import About
 from equiloss.training.averaging import Averaging
 from equiloss.training.checkpoint import Checkpoints
@@ -156,7 +156,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
     except Exception as error:  # Lightning checks its arguments in many ways
         raise configuration.refusal(config.trainer, error) from error
     network.judge(config, found, trainer.world_size)
-    checkpoint.give_weights(classifier, continued=continued is not None)
+    starting_weights.give_weights(classifier, continued=continued is not None)
     return Parts(
         *(resolved, directory, splits, classifier, data, monitor),
         *(checkpoints, metrics_csv, board, trainer, found, continued),
