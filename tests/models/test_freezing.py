@@ -61,6 +61,8 @@ def untrained(name: str) -> nn.Module:
 def test_the_head_is_the_last_layer_with_a_row_for_each_class(name: str, head: str) -> None:
     assert freezing.head_of(untrained(name), 7) == head
     assert freezing.head_of(untrained(name), 6) is None
+    before = nn.Sequential(nn.Linear(2, 7), untrained(name))
+    assert freezing.head_of(before, 7) == f"1.{head}"
 
 
 def test_the_blocks_of_networks_that_everyone_knows() -> None:
@@ -71,6 +73,14 @@ def test_the_blocks_of_networks_that_everyone_knows() -> None:
     stem = ["class_token", "conv_proj", "encoder.pos_embedding"]
     blocks = freezing.blocks(untrained("vit_b_16"))
     assert blocks == [*stem, *layers, "encoder.ln", "heads.head"]
+    # A convolution with its normalisation, which torchvision makes of nn.Sequential, is one.
+    blocks = freezing.blocks(untrained("mobilenet_v3_small"))
+    assert [blocks[0], *blocks[-3:]] == [
+        "features.0",
+        "features.12",
+        "classifier.0",
+        "classifier.3",
+    ]
 
 
 @pytest.mark.parametrize(
