@@ -109,10 +109,13 @@ def test_they_are_the_recursion_over_every_step(whole: Path, kept: Weights) -> N
         assert (average - after[-1][name]).abs().max() > 1e-4
 
 
-def test_the_file_has_them_as_the_weights_of_a_network(whole: Path) -> None:
+def test_the_file_has_them_as_the_weights_of_a_network(whole: Path, kept: Weights) -> None:
     averaged, raw = weights(whole, "ema.ckpt"), weights(whole, "last.ckpt")
     assert averaged.keys() == raw.keys()
     assert count_differing(averaged, raw | averages(whole)) == 0
+    # The best by val/nll are none of them, but an epoch's weights.
+    best, epochs = weights(whole, "best.ckpt"), (kept.kept[5], kept.kept[10])
+    assert 0 in [count_differing(best, raw | epoch) for epoch in epochs]
     assert Result.read(whole).notes == []
 
 
