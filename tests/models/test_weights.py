@@ -443,6 +443,7 @@ def test_networks_start_from_weights_of_1000_classes(
         "data.options={channels:3,size:32,num_samples:60,num_classes:4}",
         "data.batch_size=8",
         "trainer.max_steps=5",
+        "optimizer.lr=0.001",
         "callbacks=quiet",
         "logger=csv",
         *(f"+model.options.{key}={value}" for key, value in options.items()),
@@ -461,7 +462,7 @@ def test_networks_start_from_weights_of_1000_classes(
     assert all(each["batch_norm"] for each in result.network)
     # A checkpoint says of which library its network is, and has its logits.
     pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    probabilities = load_run(tmp_path / "run").predict(pixels).probabilities
+    probabilities = load_run(tmp_path / "run/checkpoints/best.ckpt").predict(pixels).probabilities
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2))
     after: dict[str, Tensor] = final_weights(tmp_path / "run")
     first = next(iter(dict(big.named_parameters())))
