@@ -278,9 +278,8 @@ def _network(
         rows, ranks = len(data.splits.train), membership.ranks_asked_for(config.trainer)
         network.check_single_rows(config, model, data.example_images, rows, ranks)
     data.memory_format = networks.memory_order(config)
-    model = networks.lay_out(config.model, model, data.memory_format)
-    if criterion.signature.wants_features:
-        networks.expose_head(config.model.name, model, num_classes, compiled=config.model.compile)
+    outputs = num_classes if criterion.signature.wants_features else None
+    model = networks.lay_out(config.model, model, data.memory_format, exposed=outputs)
     # Lightning would convert after it has loaded a checkpoint, and round float64 on the way.
     dtype = networks.parameter_dtype(config.trainer.precision)
     criterion.to(dtype)

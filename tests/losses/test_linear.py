@@ -15,8 +15,9 @@ from equiloss.errors import LossError, ModelError
 from equiloss.losses import Criterion
 from equiloss.losses.projection import Projection
 from equiloss.losses.signature import read
-from equiloss.models.build import build_network, expose_head, features_and_head
+from equiloss.models.build import build_network
 from equiloss.models.dropout import RowKeys
+from equiloss.models.head import expose_head, features_and_head
 from support import slow
 
 IGNORED = -100

@@ -15,8 +15,9 @@ from equiloss.config import ModelConfig
 from equiloss.distributed import collectives
 from equiloss.errors import ModelError, UserError
 from equiloss.models import batch_norm, timm, weights
-from equiloss.models.build import build_network, expose_head, features_and_head
+from equiloss.models.build import build_network
 from equiloss.models.dropout import RowKeys
+from equiloss.models.head import expose_head, features_and_head
 from equiloss.preflight.behaviour import look
 from support import wrong_with
 

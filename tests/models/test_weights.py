@@ -19,6 +19,7 @@ from equiloss.errors import CheckpointError, ConfigError, ModelError, UserError
 from equiloss.models import weights
 from equiloss.models.build import build_network
 from equiloss.models.dropout import RowKeys
+from equiloss.models.head import path_of
 from equiloss.records.results import Result
 from equiloss.training.about import About
 from support import Run, composed, final_weights, slow, wrong_with
@@ -105,7 +106,7 @@ class TestFitting:
 
     def test_a_head_that_is_a_convolution(self) -> None:
         model = network(classes=3, size=64, name="squeezenet1_1", options={}, channels=3)
-        assert weights.head_of(model, 3) == "classifier.1"
+        assert path_of(model, 3) == "classifier.1"
 
     def test_a_grey_stem_is_what_rgb_pictures_of_grey_give(self, tmp_path: Path) -> None:
         colour = network(channels=3).double().eval()

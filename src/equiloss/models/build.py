@@ -11,18 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from equiloss.config import Config, ModelConfig
 from equiloss.errors import ModelError, UserError, first_line
 from equiloss.imports import import_target
 from equiloss.models import freezing, timm
 from equiloss.models.dropout import RowKeys, key_dropout
+from equiloss.models.head import expose_head
 from equiloss.models.networks import MLP, ConvNet
 from equiloss.models.published import torchvision_models
 
-# Where a network has its features and its head.
-EXPOSED = "_equiloss_exposed"
 # Arguments of torchvision's networks that are not the user's.
 FIXED = {
     "weights": "model.weights names the weights to start from",
@@ -94,75 +93,27 @@ def memory_order(config: Config) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def lay_out(config: ModelConfig, model: nn.Module, order: torch.memory_format) -> nn.Module:
-    """Put the weights of a network into an order in memory, and compile it if that is wanted."""
+def lay_out(
+    config: ModelConfig, model: nn.Module, order: torch.memory_format, *, exposed: int | None = None
+) -> nn.Module:
+    """Put the weights of a network into an order in memory, and compile it if that is wanted.
+
+    Args:
+        config: Name and `compile`.
+        model: The network.
+        order: Of its weights.
+        exposed: Outputs of its head, for a loss that asks for features and head.
+
+    Raises:
+        ModelError: for a network without such a head.
+    """
     if order == torch.channels_last:
         model = model.to(memory_format=order)
     if config.compile:
         model.compile()
+    if exposed is not None:
+        expose_head(config.name, model, exposed, compiled=config.compile)
     return model
-
-
-def expose_head(name: str, model: nn.Module, num_classes: int, *, compiled: bool = False) -> None:
-    """Find a network's features and its linear head, for losses that ask.
-
-    A network of torchvision or timm gets both: its last linear layer is the head, and its features
-    are what that layer is given. (timm's own `forward_features` are not those.)
-
-    Args:
-        name: The network's name, for error messages.
-        model: Gets them for `features_and_head`; names in its state_dict stay.
-        num_classes: K.
-        compiled: Whether features go through torch.compile.
-
-    Raises:
-        ModelError: for a network without a linear head of K outputs.
-    """
-    of_timm = type(model).__module__.startswith("timm.")
-    features: Any = None if of_timm else getattr(model, "forward_features", None)
-    head: Any = getattr(model, "head", None)
-    if features is None:
-        heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        head = heads[-1] if heads and heads[-1].out_features == num_classes else None
-        classifier: Any = getattr(model, "get_classifier", None)
-        if of_timm and classifier() is not head:
-            head = None  # some have two, and the mean of their logits
-        if head is not None:
-            # The layer itself stays, with its name and its parameters.
-            head.__class__ = _Head
-            features = partial(_features, model, head)
-    if features is None or not isinstance(head, nn.Linear):
-        raise ModelError(
-            f"model {name!r} has no linear head that gives the logits, which this loss asks for: "
-            "a network of your own exposes `forward_features` and `head` (an nn.Linear)"
-        )
-    # Past nn.Module's own: the head has a place in the network already.
-    object.__setattr__(model, EXPOSED, (torch.compile(features) if compiled else features, head))
-
-
-def features_and_head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
-    """What `expose_head` has found: images [N, C, H, W] -> features [N, D], and the head."""
-    exposed: tuple[Callable[[Tensor], Tensor], nn.Linear] = getattr(model, EXPOSED)
-    return exposed
-
-
-class _Head(nn.Linear):
-    """A linear layer that can let its input through."""
-
-    bypassed = False
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
-        return input if self.bypassed else super().forward(input)
-
-
-def _features(model: nn.Module, head: _Head, images: Tensor) -> Tensor:
-    """What the head of a network of torchvision or timm is given: [N, C, H, W] -> [N, D]."""
-    head.bypassed = True
-    try:
-        features: Tensor = model(images)
-    finally:
-        head.bypassed = False
-    return features
 
 
 def _torchvision(name: str, num_classes: int, channels: int, /, **options: Any) -> nn.Module:

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from equiloss.config import ModelConfig
 from equiloss.errors import ConfigError, ModelError
+from equiloss.models.head import path_of
 from equiloss.models.patterns import parameters_named_by
 
 # What is made of blocks, and is none itself. Their subclasses are: a convolution with its
@@ -155,20 +156,6 @@ def described(config: ModelConfig, model: nn.Module) -> str:
     return line
 
 
-def head_of(model: nn.Module, num_classes: int) -> str | None:
-    """Path of a network's head: its last module with a weight of K rows, if it has one.
-
-    >>> head_of(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Tanh()), num_classes=2)
-    '1'
-    """
-    heads = [
-        path
-        for path, module in model.named_modules()
-        if any(p.ndim >= 2 and len(p) == num_classes for p in _own(module).values())
-    ]
-    return heads[-1] if heads else None
-
-
 def blocks(model: nn.Module) -> list[str]:
     """What a network is made of, in the order of registration: paths of modules, or parameters.
 
@@ -212,7 +199,7 @@ def _named(config: ModelConfig, model: nn.Module, num_classes: int) -> list[str]
     """Names of the parameters that are to be frozen, in the network's order."""
     names = [name for name, _ in model.named_parameters()]
     if config.freeze == "backbone":
-        head = head_of(model, num_classes)
+        head = path_of(model, num_classes)
         if head is None:
             raise ModelError(
                 f"model.freeze=backbone: model {config.name!r} has no layer of {num_classes} "

@@ -16,6 +16,7 @@ from equiloss.config import ModelConfig
 from equiloss.config.network import is_file
 from equiloss.errors import CheckpointError
 from equiloss.models import published, timm, weight_files
+from equiloss.models.head import path_of
 from equiloss.models.published import Published
 
 # Modules of torchvision's files that networks are built without here, as they give more logits.
@@ -87,7 +88,7 @@ def give(model: nn.Module, config: ModelConfig, num_classes: int) -> str:
     else:
         given = weight_files.read(file)
     given = _renamed(given, config)
-    head = [*(chosen.head if chosen else ()), *filter(None, [head_of(model, num_classes)])]
+    head = [*(chosen.head if chosen else ()), *filter(None, [path_of(model, num_classes)])]
     fitted = fit(given, model, head)
     where = f"{chosen.name} ({file})" if chosen else str(file)
     if fitted.faults and (config.weights_strict or not fitted.taken):
@@ -98,20 +99,6 @@ def give(model: nn.Module, config: ModelConfig, num_classes: int) -> str:
     loaded._metadata = versions  # type: ignore[attr-defined]
     model.load_state_dict(loaded, strict=False)
     return f"{len(loaded)} tensors from {where}{_remarks(fitted)}"
-
-
-def head_of(model: nn.Module, num_classes: int) -> str | None:
-    """Path of the last module with a weight of two or more axes, the first of K entries.
-
-    >>> head_of(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)), num_classes=3)
-    '2'
-    """
-    found = None
-    for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() >= 2 and len(weight) == num_classes:
-            found = path
-    return found
 
 
 def fit(given: Mapping[str, Tensor], model: nn.Module, heads: Iterable[str]) -> Fitted:

@@ -20,8 +20,8 @@ from equiloss.data.datasets import Batch
 from equiloss.distributed import collectives, interruption
 from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Logits, Outputs, Projection
-from equiloss.models.build import features_and_head
 from equiloss.models.dropout import RowKeys
+from equiloss.models.head import features_and_head
 from equiloss.training import bitwise, optim
 from equiloss.training.about import About
 from equiloss.training.metrics import Evaluated, EvaluationMetric
