@@ -394,7 +394,7 @@ class TestRuns:
             assert (after[f"model.{name}"] - parameter).abs().max() < 1e-20
 
 
-def test_a_checkpoint_of_an_earlier_version_is_of_torchvision() -> None:
+def test_a_checkpoint_says_of_which_library_its_network_is() -> None:
     saved = {
         "model": {"name": "resnet18", "target": None, "options": {}},
         "class_names": ["a", "b"],
@@ -409,10 +409,11 @@ def test_a_checkpoint_of_an_earlier_version_is_of_torchvision() -> None:
         "channels_last": False,
         "versions": {},
     }
-    assert About.read(saved, "a.ckpt").model["library"] == "torchvision"
+    # As earlier versions wrote it.
+    assert ModelConfig(**About.read(saved, "a.ckpt").model).library == "torchvision"
     other = {**saved, "model": {**saved["model"], "library": "timm"}}
     assert About.read(other, "a.ckpt").model["library"] == "timm"
-    for model in (None, {"name": "resnet18"}):
+    for model in (None, {"name": "resnet18"}, {**other["model"], "library": 3}):
         with pytest.raises(CheckpointError, match="another version of equiloss"):
             About.read({**saved, "model": model}, "a.ckpt")
 

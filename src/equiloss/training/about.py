@@ -15,7 +15,9 @@ from equiloss.models.build import memory_order
 from equiloss.records.reading import build, fits
 
 # What of the network's configuration is kept.
-MODEL = {"name": str, "library": str, "target": str | None, "options": dict[str, Any]}
+MODEL = {"name": str, "target": str | None, "options": dict[str, Any]}
+# And that, where it is another than torchvision, the only one that earlier versions had.
+MODEL_OF_LIBRARY = {**MODEL, "library": str}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class About:
     """The network, and how files become what it is given; plain data."""
 
     model: dict[str, Any]
-    """`name`, `library`, `target` and `options`, as the configuration has them."""
+    """`name`, `target`, `options` and perhaps `library`, as the configuration has them."""
     class_names: list[str]
     """In the order of the logits."""
     image_shape: list[int]
@@ -50,9 +52,10 @@ class About:
     @classmethod
     def of_run(cls, config: Config, splits: Splits) -> About:
         """What a run's checkpoints say."""
-        model = asdict(config.model)
+        model, library = asdict(config.model), config.model.library
+        kept = MODEL if library == "torchvision" else MODEL_OF_LIBRARY
         return cls(
-            model={key: model[key] for key in MODEL},
+            model={key: model[key] for key in kept},
             class_names=list(splits.class_names),
             image_shape=list(splits.image_shape),
             image_size=config.data.image_size,
@@ -65,7 +68,7 @@ class About:
             channels_last=memory_order(config) == torch.channels_last,
             versions={
                 name: version(name)
-                for name in dict.fromkeys(("equiloss", "torch", "torchvision", model["library"]))
+                for name in dict.fromkeys(("equiloss", "torch", "torchvision", library))
             },
         )
 
@@ -82,13 +85,15 @@ class About:
                 "are for: evaluate it by task=test run=DIR"
             )
         try:
-            # Earlier versions had one library only.
-            about = build(cls, {**saved, "model": {"library": "torchvision", **saved["model"]}})
+            about = build(cls, saved)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is of another version of equiloss") from error
         channels = about.image_shape[:1]
         rules = {
-            "model": about.model.keys() == MODEL.keys() and fits(about.model, MODEL),
+            "model": any(
+                about.model.keys() == kinds.keys() and fits(about.model, kinds)
+                for kinds in (MODEL, MODEL_OF_LIBRARY)
+            ),
             "image_shape": len(about.image_shape) == 3 and min(about.image_shape) > 0,
             "mean": [len(about.mean)] == channels,
             "std": [len(about.std)] == channels,
