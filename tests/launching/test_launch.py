@@ -184,12 +184,11 @@ def started(directory: Path, target: str, devices: int) -> subprocess.Popen[str]
 @pytest.mark.parametrize(
     ("sent", "number", "devices"),
     [
-        ("by a terminal", signal.SIGINT, 1),
         ("to one rank", signal.SIGTERM, 2),
         *(
             pytest.param(*arrangement, marks=slow)
             for arrangement in (
-                ("by a terminal", signal.SIGINT, 2),
+                *(("by a terminal", signal.SIGINT, devices) for devices in (1, 2)),
                 *(("to the process", signal.SIGTERM, devices) for devices in (1, 2)),
                 *(("to the process", signal.SIGUSR1, devices) for devices in (1, 2)),
                 *(("to the process", signal.SIGHUP, devices) for devices in (1, 2)),
@@ -221,7 +220,8 @@ def test_a_signal_ends_a_run_after_the_step(
     assert f"interrupted by {number.name} after {result.steps['taken']} steps: the same" in output
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_second_signal_ends_it_at_once(devices: int, tmp_path: Path) -> None:
     """The step under way sleeps for a minute: nobody waits for it."""
     process = started(tmp_path / "run", "sleeps", devices)
