@@ -1,6 +1,6 @@
 """Time the parts that are named, or all, and print their tables; `--write` puts them into docs/.
 
-python -m benchmarks [loss] [loop] [ranks] [pictures] [start] [help] [sweep] [--rounds N] [--write]
+python -m benchmarks [PART …] [--rounds N] [--write]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import commands, loop, loss, pictures, ranks
+from benchmarks import commands, fine_tuning, loop, loss, pictures, ranks
 from benchmarks.paired import Ratio, ratios
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -43,6 +43,11 @@ def _pictures(rounds: int) -> Tables:
     yield title, ratios(pictures.arrangements(), rounds=rounds)
 
 
+def _fine_tuning(rounds: int) -> Tables:
+    title = "resnet18 at 64×64, a step at batch 32"
+    yield title, ratios(fine_tuning.arrangements(), rounds=rounds)
+
+
 def _commands(part: str, title: str) -> Callable[[int], Tables]:
     def tables(rounds: int) -> Tables:
         yield title, ratios(commands.arrangements(part), rounds=rounds)
@@ -55,6 +60,7 @@ PARTS: dict[str, tuple[Callable[[int], Tables], int]] = {
     "loop": (_loop, 7),
     "ranks": (_ranks, 7),
     "pictures": (_pictures, 5),
+    "fine_tuning": (_fine_tuning, 5),
     "start": (_commands("start", "From the start of a process"), 5),
     "help": (_commands("help", "Pages of help"), 5),
     "sweep": (_commands("sweep", "Six runs on the digits"), 3),

@@ -117,23 +117,28 @@ def lightning(work: str, style: str) -> Measure:
 
 def equiloss(work: str, overrides: list[str]) -> Measure:
     """Seconds per step of a run of ours."""
-    count = STEPS[work]
+    data = ("data=fashion_mnist", f"data.batch_size={baselines.BATCH}")
+    return lambda: seconds_per_step(FIRST, STEPS[work], *data, *OPTIONS[work], *overrides)
+
+
+def seconds_per_step(first: int, count: int, *overrides: str) -> float:
+    """Time the training steps of a run.
+
+    Args:
+        first: Steps that do not count.
+        count: Steps after them that do.
+        overrides: Its configuration, as the command line has it.
+    """
     watch = "callbacks.items.stopwatch"
-
-    def measure() -> float:
-        with tempfile.TemporaryDirectory() as directory:
-            config = composed(
-                *("data=fashion_mnist", f"data.batch_size={baselines.BATCH}", "trainer.threads=1"),
-                *(f"trainer.max_steps={FIRST + count}", "callbacks=quiet"),
-                *(f"+{watch}.target=benchmarks.baselines:Stopwatch",),
-                *(f"+{watch}.first={FIRST}", f"+{watch}.steps={count}"),
-                *OPTIONS[work],
-                *overrides,
-            )
-            run(config, Path(directory) / "run")
-        return Stopwatch.last.seconds / count
-
-    return measure
+    with tempfile.TemporaryDirectory() as directory:
+        config = composed(
+            *("trainer.threads=1", f"trainer.max_steps={first + count}", "callbacks=quiet"),
+            *(f"+{watch}.target=benchmarks.baselines:Stopwatch",),
+            *(f"+{watch}.first={first}", f"+{watch}.steps={count}"),
+            *overrides,
+        )
+        run(config, Path(directory) / "run")
+    return Stopwatch.last.seconds / count
 
 
 def arrangements(work: str) -> list[Arrangement]:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torchvision
 from lightning.pytorch import Callback, Trainer
+from PIL import Image
 from torch import Tensor
 
 from equiloss.distributed.process_groups import run_ranks
 from equiloss.errors import UserError
-from equiloss.invariance.interruption import bits
+from equiloss.invariance.interruption import bits, count_differing
 from equiloss.records.results import Result, read_metrics
 from equiloss.run import run
 from equiloss.training.classifier import Classifier
+from processes import until_it_trains
 from rank_functions import run_in_rank, run_until_out_of_time
-from support import composed, final_weights, slow
+from support import PYTHONPATH, ROOT, composed, final_weights, slow
 
 # 38 training rows in batches of 9: five steps an epoch, the last one of 2 rows.
 SMALL = (
@@ -184,29 +190,79 @@ def test_a_pattern_that_matches_nothing_ends_a_run_before_its_first_file(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-# Sixty steps with batch norm, of which 20 are of the head alone.
+# Nine epochs of seven steps with batch norm, the first three of the head alone; 2 rows at the end.
 RESNET = (
     *("callbacks=quiet", "logger=csv", "trainer.threads=1", "trainer.precision=64-true"),
-    *("data=synthetic", "data.options={num_samples: 60}", "data.image_size=32"),
-    *("data.batch_size=9", "trainer.max_epochs=12", "parity.every_n_steps=7"),
-    *("model=torchvision", "model.name=resnet18", "optimizer.lr=0.01", "parity.policy=raise"),
-    *("model.freeze=backbone", "model.unfreeze_after_epochs=4"),
+    *("data=image_folder", "data.image_size=64", "data.num_workers=0", "data.batch_size=9"),
+    *("model=torchvision", "model.name=resnet18", "optimizer.lr=0.01", "trainer.max_epochs=9"),
+    *("model.freeze=backbone", "model.unfreeze_after_epochs=3", "ema.decay=0.9"),
     "optimizer.groups=[{pattern:layer?,lr_factor:0.1},{pattern:[conv1,bn1],lr_factor:0.01}]",
+    *("parity.every_n_steps=10", "parity.policy=raise", "test_weights=ema"),
 )
 
 
+@pytest.fixture
+def of_pictures(tmp_path: Path) -> tuple[str, ...]:
+    """Stripes of two directions in files, and weights of a thousand classes."""
+    generator = torch.Generator().manual_seed(0)
+    for label, axis in (("across", 0), ("down", 1)):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for number in range(40):
+            stripes = (torch.arange(64) // 8 % 2 * 90 + 60).expand(64, 64)
+            noisy = stripes + torch.randint(0, 90, (64, 64), generator=generator)
+            pixels = (noisy if axis else noisy.T).to(torch.uint8)
+            file = tmp_path / "pictures" / label / f"{number}.png"
+            Image.fromarray(pixels.numpy()).convert("RGB").save(file)
+    torch.manual_seed(1)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    place = f"data.root={tmp_path}/pictures"
+    return *RESNET, place, f"model.weights={tmp_path}/resnet18.pth"
+
+
+def averages(run_dir: Path) -> dict[str, Tensor]:
+    """Weights as they were averaged until the last step."""
+    saved = torch.load(run_dir / "checkpoints" / "ema.ckpt", weights_only=True)
+    weights: dict[str, Tensor] = saved["state_dict"]
+    return weights
+
+
 @slow
-def test_ranks_and_micro_batches_give_the_same_weights(tmp_path: Path) -> None:
-    run(composed(*RESNET), tmp_path / "one")
-    assert Result.read(tmp_path / "one").steps["taken"] == 60
-    run(composed(*RESNET, "trainer.micro_batch_size=4"), tmp_path / "micro")
-    split = ("trainer=ddp_cpu", "trainer.devices=2", "trainer.micro_batch_size=3")
-    run_ranks(run_in_rank, 2, composed(*RESNET, *split), tmp_path / "both")
-    expected = final_weights(tmp_path / "one")
-    for name in ("micro", "both"):
+def test_devices_and_micro_batches_give_the_same_weights(
+    of_pictures: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Pictures, weights from a file, what is frozen for a while, rates by layer, and averages."""
+    whole = run(composed(*of_pictures), tmp_path / "one")
+    assert (whole.steps["taken"], whole.parity["agree"]) == (63, True)
+    run(composed(*of_pictures, "trainer.micro_batch_size=4"), tmp_path / "micro")
+    two = ("trainer=ddp_cpu", "trainer.devices=2")
+    run_ranks(run_in_rank, 2, composed(*of_pictures, *two), tmp_path / "two")
+    both = composed(*of_pictures, *two, "trainer.micro_batch_size=3")
+    run_ranks(run_in_rank, 2, both, tmp_path / "both")
+    for name in ("micro", "two", "both"):
         assert Result.read(tmp_path / name).parity["agree"]
-        for key, value in final_weights(tmp_path / name).items():
-            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-11)
+        for weights in (final_weights, averages):
+            expected = weights(tmp_path / "one")
+            for key, value in weights(tmp_path / name).items():
+                torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-11)
+
+
+@slow
+def test_a_run_that_was_killed_goes_on_to_the_bit(
+    of_pictures: tuple[str, ...], tmp_path: Path
+) -> None:
+    run(composed(*of_pictures), tmp_path / "whole")
+    each_step = (*of_pictures, "checkpoint.every_n_steps=1", f"hydra.run.dir={tmp_path}/cut")
+    command = [sys.executable, str(ROOT / "train.py"), *each_step]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    until_it_trains(process, tmp_path / "cut", rows=30)
+    process.kill()
+    process.wait()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    begun = Result.read(tmp_path / "cut").segments[-1]["from_step"]
+    assert 28 <= begun < 63, again.stdout
+    assert set(bits(tmp_path / "cut", tmp_path / "whole").values()) == {0}
+    assert count_differing(averages(tmp_path / "cut"), averages(tmp_path / "whole")) == 0
 
 
 @slow
