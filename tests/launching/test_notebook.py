@@ -57,6 +57,8 @@ def test_two_ranks_from_python_are_those_of_the_command(tmp_path: Path) -> None:
     assert done.result.world_size == 2
     command = [sys.executable, "-m", "equiloss", "train", *words, "hydra.run.dir=there"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    # Whoever starts it: Hydra would name the log after the module.
+    assert [file.name for file in (tmp_path / "there").glob("*.log")] == ["train.log"]
     one, two = final_weights(tmp_path / "here"), final_weights(tmp_path / "there")
     assert all(torch.equal(one[name], two[name]) for name in one)
 

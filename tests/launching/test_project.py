@@ -30,6 +30,8 @@ def test_files_of_a_project_hide_the_shipped_ones(tmp_path: Path) -> None:
         assert compose("config", ["model=mlp"]).model.options.widths == [3]
         assert compose("config", ["model=mine"]).model.name == "convnet"
         assert compose("config", ["optimizer=adamw"]).optimizer.name == "AdamW"  # shipped
+        # Its log is train.log, whatever its script is called.
+        assert compose("config", return_hydra_config=True).hydra.job.name == "train"
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         assert compose("config", ["model=mlp"]).model.options.widths == [128, 128]
 
