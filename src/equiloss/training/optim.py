@@ -24,6 +24,8 @@ from equiloss.training import parameter_groups
 FUSED = ("Adam", "AdamW")
 # Options of schedules that are learning rates, of which torch takes one for each group.
 RATES = {"base_lr", "max_lr"}
+# Arguments of OneCycleLR that the run itself gives.
+OF_THE_RUN = {"max_lr", "total_steps", "epochs", "steps_per_epoch"}
 # What torch has and a run cannot use.
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times in a step",
@@ -114,11 +116,8 @@ def build_scheduler(
             f"theirs or the command: give scheduler=constant scheduler.name={config.name}, and its "
             "own arguments as scheduler.options.<argument>"
         )
-    if config.name in known and config.name != "OneCycleLR":
-        _, *takes = inspect.signature(getattr(lr_scheduler, config.name)).parameters.values()
-        needs = [each.name for each in takes if each.default is each.empty]
-        if lacking := [f"scheduler.options.{key}" for key in needs if key not in config.options]:
-            raise ConfigError(f"scheduler {config.name} needs {', '.join(lacking)}")
+    if config.name not in ("constant", "cosine"):
+        _check_options(config)
     options = _of_groups(config, optimizer)
     try:
         if config.name == "constant":
@@ -163,6 +162,33 @@ def total_steps(config: TrainerConfig, *, train_samples: int, batch_size: int) -
 
 def _warmup(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def _check_options(config: SchedulerConfig) -> None:
+    """Refuse arguments that a schedule of torch does not take, and a lack of those that it needs.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    kind = OneCycleLR if config.name == "one_cycle" else getattr(lr_scheduler, config.name)
+    _, *parameters = inspect.signature(kind).parameters.values()
+    takes = {each.name: each.default is each.empty for each in parameters}
+    if kind is OneCycleLR:
+        if taken := sorted(OF_THE_RUN & config.options.keys()):
+            raise ConfigError(
+                f"scheduler {config.name}: {', '.join(taken)} is not set here: its peak is "
+                "optimizer.lr, and its length that of the run"
+            )
+        takes = {name: False for name in takes if name not in OF_THE_RUN}
+    if foreign := sorted(config.options.keys() - takes.keys()):
+        raise ConfigError(
+            f"scheduler {config.name} has no option {', '.join(foreign)}: it takes "
+            f"{', '.join(takes)}"
+        )
+    needs = [name for name, needed in takes.items() if needed and name not in config.options]
+    if needs:
+        lacking = ", ".join(f"scheduler.options.{name}" for name in needs)
+        raise ConfigError(f"scheduler {config.name} needs {lacking}")
 
 
 def _of_groups(config: SchedulerConfig, optimizer: Optimizer) -> dict[str, Any]:
