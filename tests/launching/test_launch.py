@@ -362,6 +362,7 @@ def test_a_multirun_over_devices_has_real_groups_of_each_size(train: Train, tmp_
     assert len({result.config_hash for result in results}) == 4
 
 
+@slow
 def test_ranks_may_have_loader_workers(train: Train, tmp_path: Path) -> None:
     done = train(
         *FAST,

@@ -55,7 +55,8 @@ def test_a_process_goes_on_whatever_becomes_of_its_output(shell: str, tmp_path: 
         assert done.stdout.count("per mille: \\u2030") == 6000
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_run_whose_output_goes_to_a_full_disk_completes_and_has_a_log(
     devices: int, tmp_path: Path
 ) -> None:

@@ -397,6 +397,7 @@ def test_torchrun_runs_a_sweep(tmp_path: Path) -> None:
     assert "verdict: match" in done.stdout
 
 
+@slow
 def test_torchrun_with_another_number_of_devices_is_refused(tmp_path: Path) -> None:
     done = torchrun(*FAST, "trainer.devices=3", cwd=tmp_path)
     assert done.returncode != 0
@@ -477,6 +478,7 @@ def test_a_search_without_a_seed_gives_ranks_one_configuration(
     assert len({result.config_hash for result in found}) == 2
 
 
+@slow
 def test_a_failed_trial_does_not_end_a_study(train: Train, tmp_path: Path) -> None:
     done = train(
         "-m",
