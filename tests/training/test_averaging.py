@@ -29,6 +29,7 @@ from equiloss.run import run
 from equiloss.training.averaging import Averaging
 from equiloss.training.classifier import Classifier
 from rank_functions import run_in_rank
+from stops import StopBefore, StopError
 from support import composed, slow, wrong_with
 
 # Composing takes half a second.
@@ -42,21 +43,6 @@ SMALL = (
     *("model.options.widths=[8]",),
 )
 AVERAGED = (*SMALL, "ema.decay=0.8", "test_weights=ema")
-
-
-class StopError(Exception):
-    """Stands for whatever ends a process."""
-
-
-class StopBefore(Callback):
-    """Raises when an optimizer step is about to begin."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise StopError
 
 
 class Weights(Callback):

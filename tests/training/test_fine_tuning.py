@@ -24,6 +24,7 @@ from equiloss.run import run
 from equiloss.training.classifier import Classifier
 from processes import until_it_trains
 from rank_functions import run_in_rank, run_until_out_of_time
+from stops import StopBefore, StopError
 from support import PYTHONPATH, ROOT, composed, final_weights, slow
 
 # 38 training rows in batches of 9: five steps an epoch, the last one of 2 rows.
@@ -145,21 +146,6 @@ def test_the_log_says_what_learns_and_at_which_rates(whole: Whole) -> None:
     ]
     # The rate that is logged is the optimizer's own.
     assert max(read_metrics(whole.directory, "train/lr")) == pytest.approx(0.003)
-
-
-class StopError(Exception):
-    """Stands for whatever ends a process."""
-
-
-class StopBefore(Callback):
-    """Raises when an optimizer step is about to begin."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise StopError
 
 
 # Inside an epoch that is not frozen, inside the one that is, and between the two.

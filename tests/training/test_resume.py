@@ -19,8 +19,8 @@ from equiloss.invariance.interruption import bits
 from equiloss.records.results import Result, read_metrics
 from equiloss.records.run_dir import METRICS
 from equiloss.run import run
-from equiloss.training.classifier import Classifier
 from processes import SLOW, children, start, until_it_trains
+from stops import StopBefore, StopError
 from support import Train, composed, slow
 
 # 38 training rows in batches of 9: five steps an epoch, the last one of 2 rows. The network
@@ -39,27 +39,6 @@ SMALL = (
     "parity.every_n_steps=4",
 )
 STEPS = 15
-
-
-class StopError(Exception):
-    """Stands for whatever ends a process."""
-
-
-class StopBefore(Callback):
-    """Raises when an optimizer step is about to begin."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: Classifier,  # type: ignore[override]
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if pl_module.global_step == self.step:
-            raise StopError
 
 
 class StopBeforeTest(Callback):
