@@ -6,8 +6,11 @@ import os
 import re
 import resource
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -47,7 +50,18 @@ Train = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def composed(*overrides: str) -> ResolvedConfig:
-    """The resolved configuration that `train.py` would get."""
+    """The resolved configuration that `train.py` would get.
+
+    Hydra takes a third of a second for it, and a thousand are asked for: it composes anew where
+    the overrides, or what a configuration may depend on beside them, are others.
+    """
+    variables = {**os.environ, "PYTEST_CURRENT_TEST": ""}
+    surroundings = (resolved.Config, Path.cwd(), *sys.path, *sorted(variables.items()))
+    return deepcopy(_composed(overrides, surroundings))
+
+
+@cache
+def _composed(overrides: tuple[str, ...], _surroundings: tuple[object, ...]) -> ResolvedConfig:
     resolved.register_schema()
     config_source.install()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

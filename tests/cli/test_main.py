@@ -265,7 +265,7 @@ def test_an_unknown_command_is_refused():
 
 
 class TestVerifyInvariance:
-    def test_it_writes_the_table_and_exits_0(self, tmp_path: Path) -> None:
+    def test_it_proves_an_evaluation_writes_the_table_and_exits_0(self, tmp_path: Path) -> None:
         output = call("verify", "invariance", "--part", "evaluation", "--output", str(tmp_path))
         assert "evaluation: 96 figures, all within their bounds" in output
         report = json.loads((tmp_path / "invariance.json").read_text())

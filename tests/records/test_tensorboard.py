@@ -110,14 +110,17 @@ def test_the_worst_images_are_those_with_the_largest_loss() -> None:
 
     splits = datasets.load(DataConfig(name="digits"))
     worst = torch.tensor([[5.0, 2, 1, 7], [3.0, 0, 4, 9]], dtype=torch.float64)
-    figure = draw_worst(worst, splits)
-    assert [axes.get_title() for axes in figure.axes] == [
+    (axes,) = draw_worst(worst, splits).axes
+    assert [text.get_text() for text in axes.texts] == [
         "1, taken for\n7: 5.00 nats",
         "4, taken for\n9: 3.00 nats",
     ]
-    image = torch.as_tensor(figure.axes[0].images[0].get_array())
-    batch = splits.test.__getitems__(Slice(0, torch.tensor([2])))
-    assert torch.equal(image, batch.images[0, 0])
+    batch = splits.test.__getitems__(Slice(0, torch.tensor([2, 0])))
+    for shown, text, image in zip(axes.images, axes.texts, batch.images, strict=True):
+        assert torch.equal(torch.as_tensor(shown.get_array()), image[0])
+        left, right, low, high = shown.get_extent()
+        assert left < text.get_position()[0] < right
+        assert low > high > text.get_position()[1]  # y grows downwards
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])

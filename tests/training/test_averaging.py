@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +30,6 @@ from equiloss.training.classifier import Classifier
 from rank_functions import run_in_rank
 from stops import StopBefore, StopError
 from support import composed, slow, wrong_with
-
-# Composing takes half a second.
-settings = cache(composed)
 
 # 38 training rows in batches of 9: five steps an epoch.
 SMALL = (
@@ -78,7 +74,7 @@ def kept() -> Weights:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, kept: Weights) -> Path:
     directory = tmp_path_factory.mktemp("whole")
-    run(settings(*AVERAGED), directory, callbacks=[kept])
+    run(composed(*AVERAGED), directory, callbacks=[kept])
     return directory
 
 
@@ -121,10 +117,10 @@ def test_a_run_reports_what_its_file_evaluates_to(task: str, whole: Path, tmp_pa
 
 
 def test_a_directory_stands_for_them(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (whole / "config.yaml").write_text(settings(*AVERAGED).text)
+    (whole / "config.yaml").write_text(composed(*AVERAGED).text)
     assert checkpoint_of(whole) == whole / "checkpoints" / "ema.ckpt"
     monkeypatch.setattr(HydraConfig, "initialized", lambda: False)
-    asked = OmegaConf.create({**settings(*SMALL).plain, "task": "test", "run": str(whole)})
+    asked = OmegaConf.create({**composed(*SMALL).plain, "task": "test", "run": str(whole)})
     evaluated = of_run(asked, ["task=test", f"run={whole}"])
     assert evaluated.ckpt_path == str(whole / "checkpoints" / "ema.ckpt")
     # Of a run that begins anew in this place it would be another's.
@@ -140,7 +136,7 @@ def test_what_a_reader_is_shown(whole: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_without_them_the_weights_are_the_same_bits(whole: Path, tmp_path: Path) -> None:
-    run(settings(*SMALL), tmp_path)
+    run(composed(*SMALL), tmp_path)
     assert count_differing(weights(tmp_path, "last.ckpt"), weights(whole, "last.ckpt")) == 0
     ours, theirs = read_columns(tmp_path), read_columns(whole)
     assert {*theirs} - {*ours} == {"val/ema_loss", "val/ema_nll", "val/ema_acc"}
@@ -155,8 +151,8 @@ def test_without_them_the_weights_are_the_same_bits(whole: Path, tmp_path: Path)
 @pytest.mark.parametrize("step", [7, pytest.param(3, marks=slow), pytest.param(5, marks=slow)])
 def test_a_run_that_was_stopped_goes_on_with_them(step: int, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(StopError):
-        run(settings(*AVERAGED), tmp_path, callbacks=[StopBefore(step)])
-    run(settings(*AVERAGED), tmp_path)
+        run(composed(*AVERAGED), tmp_path, callbacks=[StopBefore(step)])
+    run(composed(*AVERAGED), tmp_path)
     assert set(bits(tmp_path, whole).values()) == {0}
     assert count_differing(averages(tmp_path), averages(whole)) == 0
     ours, theirs = (Result.read(place).metrics for place in (tmp_path, whole))
@@ -167,9 +163,9 @@ def test_a_run_that_was_stopped_goes_on_with_them(step: int, whole: Path, tmp_pa
 @slow
 def test_a_state_without_them_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StopError):
-        run(settings(*SMALL), tmp_path, callbacks=[StopBefore(2)])
+        run(composed(*SMALL), tmp_path, callbacks=[StopBefore(2)])
     with pytest.raises(CheckpointError, match=r"continue: ema\.decay is 0\.8 now") as caught:
-        run(settings(*AVERAGED), tmp_path)
+        run(composed(*AVERAGED), tmp_path)
     assert wrong_with(str(caught.value)) is None
 
 
@@ -296,7 +292,7 @@ def test_micro_batches_make_no_difference(whole: Path, tmp_path: Path) -> None:
 def test_ranks_make_no_difference(whole: Path, tmp_path: Path) -> None:
     """On two all the way, and from the seventh step on."""
     with pytest.raises(StopError):
-        run(settings(*AVERAGED), tmp_path / "second", callbacks=[StopBefore(7)])
+        run(composed(*AVERAGED), tmp_path / "second", callbacks=[StopBefore(7)])
     for place in ("first", "second"):
         split = composed(*AVERAGED, "trainer=ddp_cpu", "trainer.devices=2")
         run_ranks(run_in_rank, 2, split, tmp_path / place)

@@ -54,7 +54,7 @@ def confusion(axes: Axes, counts: Sequence[Sequence[int]], names: Sequence[str])
     classes = range(len(names))
     if len(names) > MOST_CLASSES:
         return
-    labels = [label(name) for name in names]
+    labels = [label(name, 24) for name in names]
     axes.set_xticks(classes, labels, rotation=90, fontsize=8)
     axes.set_yticks(classes, labels, fontsize=8)
     digits = max(len(str(value)) for row in counts for value in row)

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WORST = 16
+WORST, COLUMNS = 16, 4
+# Points, and inches: letters, a line of them, and the square for an image.
+LETTERS = 8
+LINE = 1.2 * LETTERS / 72
+CELL = 2.0
 
 
 class EvaluationFigures(Callback):
@@ -77,20 +81,34 @@ class EvaluationFigures(Callback):
 
 
 def draw_worst(worst: Tensor, splits: Splits) -> Figure:
-    """Images with the largest loss: rows (nll, index, true class, predicted class) [n, 4]."""
-    columns = 4
-    lines = max(-(-len(worst) // columns), 1)
-    figure = Figure(figsize=(2 * columns, 2.5 * lines), layout="constrained")
+    """Images with the largest loss: rows (nll, index, true class, predicted class) [n, 4].
+
+    On axes of its own for each image, with a layout to be found for them, this would take ten times
+    as long, and more than all else that a short run does.
+    """
     images = splits.test.__getitems__(Slice(0, worst[:, 1].long())).images  # [n, C, H, W]
-    for place, (image, row) in enumerate(zip(images, worst.tolist(), strict=True), start=1):
-        nll, _, target, predicted = row
-        axes = figure.add_subplot(lines, columns, place)
+    titles = []
+    for nll, _, *classes in worst.tolist():
+        right, taken = (label(splits.class_names[int(each)], 24) for each in classes)
+        titles.append(f"{right}, taken for\n{taken}: {nll:.2f} nats")
+    # In inches, since that is what letters have; an image fits into a square.
+    height, width = (0.95 * CELL * side / max(images.shape[2:]) for side in images.shape[2:])
+    above = LINE * (1 + max((title.count("\n") + 1 for title in titles), default=0))
+    lines = max(-(-len(worst) // COLUMNS), 1)
+    right_end, lower_end = COLUMNS * CELL, lines * (above + height)
+    figure = Figure(figsize=(right_end, lower_end))
+    axes = figure.add_axes((0, 0, 1, 1))
+    for place, (image, title) in enumerate(zip(images, titles, strict=True)):
+        line, column = divmod(place, COLUMNS)
+        middle, top = (column + 0.5) * CELL, line * (above + height) + above
+        box = (middle - width / 2, middle + width / 2, top + height, top)
         # Of channels that are no colours their mean is shown.
         shown = image if len(image) == 3 else image.float().mean(0, keepdim=True)
-        axes.imshow(shown.permute(1, 2, 0).numpy(), cmap="gray")  # [C, H, W] -> [H, W, C]
-        right, taken = (label(splits.class_names[int(each)], 24) for each in (target, predicted))
-        axes.set_title(f"{right}, taken for\n{taken}: {nll:.2f} nats", fontsize=8)
-        axes.set_axis_off()
+        pixels = shown.permute(1, 2, 0).numpy()  # [C, H, W] -> [H, W, C]
+        axes.imshow(pixels, cmap="gray", extent=box, aspect="auto")
+        axes.text(middle, top - LINE / 4, title, ha="center", va="bottom", fontsize=LETTERS)
+    axes.set(xlim=(0, right_end), ylim=(lower_end, 0))
+    axes.set_axis_off()
     return figure
 
 
