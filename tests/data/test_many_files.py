@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ def test_a_disk_is_asked_for_each_file_ahead(files: list[Path], monkeypatch) -> 
         asked += 1
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(many_files, "SLOW", math.inf)  # however busy the machine is
     for number, text in enumerate(many_files.of_each(Path.read_text, files)):
         assert text == files[number].name
         assert asked == min(number + 1, len(files) - AHEAD)
@@ -39,6 +42,23 @@ def test_without_that_they_are_read_all_the_same(files: list[Path], monkeypatch)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     texts = list(many_files.of_each(Path.read_text, files))
     assert texts == [file.name for file in files]
+
+
+def test_where_each_takes_long_they_are_read_side_by_side(files: list[Path], monkeypatch) -> None:
+    monkeypatch.setattr(many_files, "SLOW", 0.0)
+    both = threading.Barrier(2, timeout=10)
+
+    def read(file: Path) -> str:
+        if files.index(file) >= many_files.TRIED:
+            both.wait()
+        return file.read_text()
+
+    assert [*many_files.of_each(read, files)] == [file.name for file in files]
+
+
+def test_a_path_that_can_be_none_is_the_readers_matter(files: list[Path]) -> None:
+    files[-1] = Path("no\0file")
+    assert [*many_files.of_each(str, files)] == [str(file) for file in files]
 
 
 def test_a_file_that_is_gone_is_the_readers_matter(files: list[Path]) -> None:

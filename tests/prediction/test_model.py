@@ -14,7 +14,7 @@ from equiloss.data.datasets import load as load_data
 from equiloss.data.sampler import Slice
 from equiloss.distributed.process_groups import run_ranks
 from equiloss.errors import CheckpointError, ConfigError, DataError, ModelError
-from equiloss.prediction.model import Predictions, load
+from equiloss.prediction.model import Predictions, checkpoint_of, load
 from equiloss.records.results import Result
 from equiloss.run import run
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
@@ -34,6 +34,22 @@ def trained_run(directory: Path, *overrides: str, ranks: int = 1) -> tuple[Resul
     (directory / "config.yaml").write_text(config.text)
     source = load_data(config.config.data).test
     return Result.read(directory), source.read(Slice(0, torch.arange(len(source)))), source.targets
+
+
+def test_where_the_tested_weights_are_gone_it_is_the_last_that_were_tested(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(composed("test_weights=best").text)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("best.ckpt", "last.ckpt"):
+        (tmp_path / "checkpoints" / name).touch()
+    assert checkpoint_of(tmp_path).name == "best.ckpt"
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    (tmp_path / "checkpoints" / "ema.ckpt").touch()
+    assert checkpoint_of(tmp_path).name == "last.ckpt"
+    (tmp_path / "config.yaml").write_text(composed("test_weights=ema", "ema.decay=0.9").text)
+    assert checkpoint_of(tmp_path).name == "ema.ckpt"
+    (tmp_path / "checkpoints" / "ema.ckpt").unlink()
+    (tmp_path / "checkpoints" / "best.ckpt").touch()
+    assert checkpoint_of(tmp_path).name == "last.ckpt"
 
 
 CASES = {

@@ -42,15 +42,15 @@ def of_each(function: Callable[[Path], _T], files: Sequence[Path]) -> Iterator[_
         yield from map(function, ahead)
     else:
         with ThreadPoolExecutor(THREADS) as pool:
-            yield from pool.map(function, ahead)
+            yield from pool.map(function, files[TRIED:])
 
 
 def _asked_for(files: Sequence[Path]) -> Iterator[Path]:
-    """The files, each asked of its disk a while before its turn, where the system can be asked."""
+    """The files, each but the first asked of its disk ahead, where the system can be asked."""
     advise = getattr(os, "posix_fadvise", None)
     for number, file in enumerate(files):
         if advise is not None and number + AHEAD < len(files):
-            with suppress(OSError):  # whoever reads it says so
+            with suppress(OSError, ValueError):  # whoever reads it says so
                 handle = os.open(files[number + AHEAD], os.O_RDONLY)
                 try:
                     advise(handle, 0, BYTES, os.POSIX_FADV_WILLNEED)

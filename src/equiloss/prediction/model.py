@@ -231,7 +231,8 @@ def checkpoint_of(path: Path) -> Path:
             f"{path} is no directory of a run (its {CONFIG} {error.why}): name one, or a checkpoint"
         ) from error
     tested = TESTED.get(str(stored.get("test_weights")), BEST)
-    for place in (path / CHECKPOINTS / name for name in (tested, BEST, LAST)):
+    # Where the tested weights are gone, the run itself has tested the last ones.
+    for place in (path / CHECKPOINTS / name for name in (tested, LAST, BEST)):
         if place.is_file():
             return place
     raise CheckpointError(f"{path} holds no checkpoint: it has neither {BEST} nor {LAST}")

@@ -208,7 +208,7 @@ def _of_groups(config: SchedulerConfig, optimizer: Optimizer) -> dict[str, Any]:
     if options.get("eta_min"):
         raise ConfigError(
             f"scheduler.options.eta_min={options['eta_min']} would be the rate of every group of "
-            "optimizer.groups: leave it out, with scheduler=cosine for a warm-up"
+            "optimizer.groups: leave it out"
         )
     return options
 
