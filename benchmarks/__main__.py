@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import commands, fine_tuning, loop, loss, pictures, ranks
+from benchmarks import commands, fine_tuning, growth, loop, loss, pictures, plot, ranks
 from benchmarks.paired import Ratio, ratios
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURES = DOCS / "performance.md", DOCS / "performance.json"
+PICTURE = DOCS / "performance.png"
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 
 Tables = Iterator[tuple[str, list[Ratio]]]
@@ -48,11 +49,26 @@ def _fine_tuning(rounds: int) -> Tables:
     yield title, ratios(fine_tuning.arrangements(), rounds=rounds)
 
 
+def _growth(rounds: int) -> Tables:
+    yield "Shipped convnet as work grows, a step", ratios(growth.arrangements(), rounds=rounds)
+
+
 def _commands(part: str, title: str) -> Callable[[int], Tables]:
     def tables(rounds: int) -> Tables:
-        yield title, ratios(commands.arrangements(part), rounds=rounds)
+        # Each is a process from its start: nothing is warm but the disk's cache.
+        warm_up = part != "sweep"
+        yield title, ratios(commands.arrangements(part), rounds=rounds, warm_up=warm_up)
 
     return tables
+
+
+def _suite(_: int) -> Tables:
+    seconds = commands.suite()
+    share = seconds / commands.WANTED_OF_SUITE
+    yield (
+        f"The tests, once; times {commands.WANTED_OF_SUITE} s",
+        [Ratio("make test", seconds, share, share, share, 1.0)],
+    )
 
 
 PARTS: dict[str, tuple[Callable[[int], Tables], int]] = {
@@ -61,9 +77,11 @@ PARTS: dict[str, tuple[Callable[[int], Tables], int]] = {
     "ranks": (_ranks, 7),
     "pictures": (_pictures, 5),
     "fine_tuning": (_fine_tuning, 5),
+    "growth": (_growth, 5),
     "start": (_commands("start", "From the start of a process"), 5),
     "help": (_commands("help", "Pages of help"), 5),
     "sweep": (_commands("sweep", "Six runs on the digits"), 3),
+    "suite": (_suite, 1),
 }
 """What is timed, and in how many rounds."""
 
@@ -139,6 +157,7 @@ def write(title: str, measured: list[Ratio]) -> None:
     page = PAGE.read_text()
     before, after = page.split(BEGIN)[0], page.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(known) + f"\n\n{END}{after}")
+    plot.draw(figures, PICTURE)
 
 
 if __name__ == "__main__":

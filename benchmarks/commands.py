@@ -21,6 +21,7 @@ EQUILOSS = shlex.quote(str(Path(sys.executable).parent / "equiloss"))
 IMPORTS = f"{PYTHON} -c 'import torch, lightning'"
 ONE_STEP = f"{PYTHON} train.py callbacks=quiet trainer.max_steps=1"
 HELP = (f"{EQUILOSS} losses", f"{PYTHON} train.py --help", f"{PYTHON} train.py --cfg job")
+WANTED_OF_SUITE = 360
 LOSSES = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 
 
@@ -76,6 +77,11 @@ def first_step() -> Measure:
             return float(Path(directory, "at").read_text()) - began
 
     return measure
+
+
+def suite() -> float:
+    """Seconds of `make test` where everything is installed."""
+    return wall(["make test"])()
 
 
 def arrangements(part: str) -> list[Arrangement]:

@@ -92,13 +92,16 @@ class Worker:
         self.process.communicate()
 
 
-def ratios(arrangements: Sequence[Arrangement], *, rounds: int, seed: int = 0) -> list[Ratio]:
+def ratios(
+    arrangements: Sequence[Arrangement], *, rounds: int, seed: int = 0, warm_up: bool = True
+) -> list[Ratio]:
     """Time arrangements in turn; ratios are to the first one.
 
     Args:
         arrangements: The baseline first.
-        rounds: How often each is timed, after one time that does not count.
+        rounds: How often each is timed, twice at least.
         seed: Of the order within the rounds.
+        warm_up: Whether a first time of each does not count.
     """
     baseline = arrangements[0]
     everything = [*arrangements, Arrangement(CONTROL, baseline.target, baseline.options)]
@@ -106,12 +109,12 @@ def ratios(arrangements: Sequence[Arrangement], *, rounds: int, seed: int = 0) -
     seconds: list[list[float]] = [[] for _ in workers]
     shuffled = random.Random(seed)
     try:
-        for number in range(rounds + 1):
+        for number in range(rounds + warm_up):
             order = list(range(len(workers)))
             shuffled.shuffle(order)
             for place in order:
                 time = workers[place].measure()
-                if number:
+                if number or not warm_up:
                     seconds[place].append(time)
     finally:
         for worker in workers:

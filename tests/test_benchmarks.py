@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from benchmarks import baselines, loss, paired
+from benchmarks import baselines, fine_tuning, loss, paired, plot
 from benchmarks.__main__ import main, table
 
-from support import PYTHONPATH, slow
+from support import PYTHONPATH, composed, slow
 
 
 def test_ratios_compare_within_a_round():
@@ -60,3 +60,14 @@ def test_a_part_that_is_none_is_refused(monkeypatch, capsys):
         main()
     assert ended.value.code == 2
     assert "invalid choice: 'lose'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", fine_tuning.arrangements(), ids=lambda way: way.name)
+def test_what_is_timed_of_fine_tuning_is_a_configuration(way):
+    assert composed(*fine_tuning.WORK, *way.options["overrides"]).config.model.name == "resnet18"
+
+
+def test_the_picture_has_axes_for_each_table(tmp_path):
+    rows = [paired.ratio(name, 1.5, [1.0, 2.0], [1.0, 1.0])._asdict() for name in "ab"]
+    plot.draw({title: {"measured": rows} for title in "abc"}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
