@@ -216,3 +216,13 @@ def test_channels_last_is_chosen_where_it_pays(name, trainer, last):
     for asked in (True, False):
         config.model.channels_last = asked
         assert (memory_order(config) == torch.channels_last) is asked
+
+
+def test_patches_become_channels_before_the_first_convolution() -> None:
+    network, plain = ConvNet(10, 1, patch=2), ConvNet(10, 4)
+    names = zip(plain.state_dict(), network.state_dict().values(), strict=True)
+    plain.load_state_dict(dict(names))
+    unshuffled = torch.nn.functional.pixel_unshuffle(images(3), 2)
+    assert torch.equal(network(images(3)), plain(unshuffled))
+    with pytest.raises(ModelError, match="patch must be 1 or more, got 0"):
+        made("convnet", options={"patch": 0})
