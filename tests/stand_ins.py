@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -370,6 +371,13 @@ def headless(num_classes: int, in_channels: int) -> nn.Module:
 
 def off_by_a_percent(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
     return 1.01 * F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+
+
+def notes_its_surroundings(_: object, run_dir: Path) -> None:
+    """Takes the place of a run on a rank, and leaves what the rank was given."""
+    names = ("LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+    noted = {name: os.environ[name] for name in names} | {"threads": torch.get_num_threads()}
+    (run_dir / f"noted{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(noted))
 
 
 def measured(seconds: float) -> Callable[[], float]:

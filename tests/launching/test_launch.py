@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import signal
@@ -17,7 +18,7 @@ from equiloss.records.ledger import Ledger
 from equiloss.records.results import Result
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
 from processes import children, start, until_it_trains
-from support import QUIET, ROOT, Train, composed, slow
+from support import ROOT, Train, composed, slow
 
 FAST = ("debug=fast", "callbacks=quiet", "model.options.widths=[8,16]", "logger=csv")
 CUSTOM = ("model=custom", "callbacks=quiet", "logger=csv", "trainer.max_steps=30")
@@ -391,15 +392,16 @@ def test_ranks_have_an_environment_of_their_own(
     """The parent's is left alone; its number of threads is not theirs."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("MKL_NUM_THREADS", "3")  # which torch would prefer
-    directory = tmp_path / "run"
-    directory.mkdir()
-    resolved = composed(*QUIET, "debug=fast", "trainer=ddp_cpu", "trainer.threads=1", "logger=csv")
-    (directory / "config.yaml").write_text(resolved.text)
+    resolved = composed("trainer=ddp_cpu", "trainer.threads=1")
+    (tmp_path / "config.yaml").write_text(resolved.text)
     before = dict(os.environ)
-    ranks.supervise(directory, "equiloss.run:run", 2, resolved.config.trainer)
+    ranks.supervise(tmp_path, "stand_ins:notes_its_surroundings", 2, resolved.config.trainer)
     assert dict(os.environ) == before
-    assert Result.read(directory).world_size == 2
-    assert Result.read(directory).environment["threads"] == 1
+    for rank in range(2):
+        noted = json.loads((tmp_path / f"noted{rank}.json").read_text())
+        # Rank and number of ranks, what its own children get, and what torch uses itself.
+        variables = {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        assert noted == {**variables, "threads": 1}
 
 
 # A signal comes while what a run has done is printed.
@@ -408,6 +410,7 @@ import os, runpy, signal, sys, time
 from equiloss.launching import console
 
 def show(*_):
+    open("shown", "x").close()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 
@@ -420,6 +423,9 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 def test_a_signal_after_the_end_makes_nothing_of_a_run_undone(tmp_path: Path) -> None:
     words = (*FAST, f"hydra.run.dir={tmp_path}/run")
     command = [sys.executable, "-c", LATE, str(ROOT / "train.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=50, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "shown").exists()  # so that a signal was sent
     assert Result.read(tmp_path / "run").status == "completed"

@@ -162,13 +162,17 @@ def test_a_notebook_follows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert given[0].config.data.mean == [0.449]
 
 
-def test_the_command_stores_them_and_names_the_missing_file(train: Train, tmp_path: Path) -> None:
+def test_the_command_stores_them_and_names_the_missing_file(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where there is none, whoever runs this
     words = ("debug=fast", "callbacks=quiet", "logger=csv", f"hydra.run.dir={tmp_path}/run")
     network = ("model=torchvision", "model.name=squeezenet1_1", "model.weights=DEFAULT")
     done = train(*words, *network, "data.image_size=32")
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "model.weights=IMAGENET1K_V1 is not here: put https://download.pytorch.org/" in line
+    assert f" at {tmp_path}/hub/checkpoints/squeezenet1_1" in line
     stored = (tmp_path / "run" / "config.yaml").read_text()
     assert "weights: IMAGENET1K_V1" in stored
     assert "- 0.449" in stored

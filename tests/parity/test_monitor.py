@@ -256,30 +256,41 @@ def test_a_run_finds_faults_at_its_first_and_at_its_last_step(run_here: Run, tmp
         assert ratios[-1] > 100
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=slow)])
-def test_a_run_that_strict_parity_stops_leaves_its_verdict(
-    devices: int, install: Install, train: Train, tmp_path: Path
-) -> None:
+STRICT = (
+    "loss.label_smoothing=0.1",
+    "logger=csv",
+    "parity=strict",
+    "parity.formulations=[cross_entropy,wrong_smoothing]",
+)
+
+
+def assert_leaves_its_verdict(run_dir: Path) -> None:
     """As a completed run does: whoever reads it needs no words of an error for that."""
-    install("acme", "1.0", "wrong_smoothing = stand_ins:wrong_smoothing")
-    done = train(
-        *QUIET,
-        "loss.label_smoothing=0.1",
-        "logger=csv",
-        "parity=strict",
-        "parity.formulations=[cross_entropy,wrong_smoothing]",
-        f"trainer.devices={devices}",
-        f"hydra.run.dir={tmp_path}/run",
-        PYTHONPATH=os.pathsep.join([str(tmp_path / "acme"), PYTHONPATH]),
-    )
-    assert done.returncode == 1
-    result = Result.read(tmp_path / "run")
+    result = Result.read(run_dir)
     assert result.status == "failed"
     assert "wrong_smoothing (error" in str(result.error)
     assert result.parity["steps"] == 1
     assert result.parity["agree"] is False
     assert result.parity["cross_entropy"]["agree"] is True
     assert result.parity["wrong_smoothing"]["ratio"] > 100
+
+
+@pytest.mark.usefixtures("faulty")
+def test_a_run_that_strict_parity_stops_leaves_its_verdict(run_here: Run, tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match="step 0: wrong_smoothing"):
+        run_here(*STRICT)
+    assert_leaves_its_verdict(tmp_path / "run")
+
+
+@slow
+def test_a_command_that_strict_parity_stops_on_two_ranks_leaves_its_verdict(
+    install: Install, train: Train, tmp_path: Path
+) -> None:
+    install("acme", "1.0", "wrong_smoothing = stand_ins:wrong_smoothing")
+    path = os.pathsep.join([str(tmp_path / "acme"), PYTHONPATH])
+    words = (*QUIET, *STRICT, "trainer.devices=2", f"hydra.run.dir={tmp_path}/run")
+    assert train(*words, PYTHONPATH=path).returncode == 1
+    assert_leaves_its_verdict(tmp_path / "run")
 
 
 def test_a_run_finds_a_wrong_mass_at_its_first_and_at_its_last_step(

@@ -38,7 +38,7 @@ SMALL = (
 FROZEN = ("model.freeze=backbone",)
 UNFROZEN = (
     *FROZEN,
-    "model.unfreeze_after_epochs=1",
+    *("model.unfreeze_after_epochs=1", "ema.decay=0.9"),
     "optimizer.groups=[{pattern:stages,lr_factor:0.1},{pattern:stem,lr_factor:0.01,weight_decay:0}]",
 )
 
@@ -85,6 +85,13 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+def averages(run_dir: Path) -> dict[str, Tensor]:
+    """Weights as they were averaged until the last step."""
+    saved = torch.load(run_dir / "checkpoints" / "ema.ckpt", weights_only=True)
+    weights: dict[str, Tensor] = saved["state_dict"]
+    return weights
 
 
 class Whole(NamedTuple):
@@ -149,7 +156,7 @@ def test_the_log_says_what_learns_and_at_which_rates(whole: Whole) -> None:
 
 
 # Inside an epoch that is not frozen, inside the one that is, and between the two.
-@pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=slow) for step in (3, 5))])
+@pytest.mark.parametrize("step", [7, 3, pytest.param(5, marks=slow)])
 def test_a_run_that_was_stopped_unfreezes_to_the_bit(
     step: int, whole: Whole, tmp_path: Path
 ) -> None:
@@ -158,6 +165,17 @@ def test_a_run_that_was_stopped_unfreezes_to_the_bit(
         run(config, tmp_path, callbacks=[StopBefore(step)])
     assert run(config, tmp_path).segments[-1]["from_step"] == step
     assert set(bits(tmp_path, whole.directory).values()) == {0}
+
+
+def test_two_ranks_and_micro_batches_give_the_same_weights(whole: Whole, tmp_path: Path) -> None:
+    """Before and after it unfreezes; the slow test below does so with a network of torchvision."""
+    two = ("trainer=ddp_cpu", "trainer.devices=2", "trainer.micro_batch_size=3")
+    run_ranks(run_in_rank, 2, composed(*SMALL, *UNFROZEN, *two), tmp_path)
+    assert Result.read(tmp_path).world_size == 2
+    for weights in (final_weights, averages):
+        expected = weights(whole.directory)
+        for name, value in weights(tmp_path).items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-11)
 
 
 @slow
@@ -203,13 +221,6 @@ def of_pictures(tmp_path: Path) -> tuple[str, ...]:
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     place = f"data.root={tmp_path}/pictures"
     return *RESNET, place, f"model.weights={tmp_path}/resnet18.pth"
-
-
-def averages(run_dir: Path) -> dict[str, Tensor]:
-    """Weights as they were averaged until the last step."""
-    saved = torch.load(run_dir / "checkpoints" / "ema.ckpt", weights_only=True)
-    weights: dict[str, Tensor] = saved["state_dict"]
-    return weights
 
 
 @slow

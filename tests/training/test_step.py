@@ -20,7 +20,7 @@ from equiloss.run import run
 from equiloss.training.classifier import Classifier
 from equiloss.training.step import MicroBatches
 from rank_functions import run_in_rank
-from support import Run, Train, composed, final_weights
+from support import Run, Train, composed, final_weights, slow
 
 # 100 float64 steps over the digits, whose 1,150 rows leave no short batch of 50; the fourth
 # epoch is cut short by max_steps.
@@ -55,11 +55,18 @@ def weight_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def test_every_step_is_that_of_one_process(one_process: Path, train: Train, tmp_path: Path) -> None:
-    """As a user launches it; `equiloss.invariance.trajectories` has the other splits."""
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=slow)])
+def test_every_step_is_that_of_one_process(
+    launched: bool, one_process: Path, train: Train, tmp_path: Path
+) -> None:
+    """Also as a user launches it; `equiloss.invariance.trajectories` has the other splits."""
     several = tmp_path / "several"
-    done = train(*OPTIONS, "trainer=ddp_cpu", f"hydra.run.dir={several}")
-    assert done.returncode == 0, done.stderr
+    words = (*OPTIONS, "trainer=ddp_cpu")
+    if launched:
+        done = train(*words, f"hydra.run.dir={several}")
+        assert done.returncode == 0, done.stderr
+    else:
+        run_ranks(run_in_rank, 2, composed(*words), several)
     assert Result.read(several).world_size == 2
     # Float64 rounds at 1e-16; 100 steps amplify that to some 1e-14.
     losses = [read_metrics(place, "train/loss") for place in (several, one_process)]
