@@ -41,12 +41,12 @@ def test_the_make_targets_are_there() -> None:
 def test_a_command_of_the_readme_runs(
     command: str, whole: bool, train: Train, tmp_path: Path
 ) -> None:
-    """As it stands in a process of its own, and for a single epoch."""
+    """As it stands in a process of its own, and for a single epoch of few images."""
     program, script, *arguments = shlex.split(command)
     assert (program, script) == ("python", "train.py")
     if not whole:
         arguments = [each for each in arguments if not each.startswith("trainer.max_epochs")]
-        arguments.append("trainer.max_epochs=1")
+        arguments += ["trainer.max_epochs=1", "data.max_samples=200"]
     done = train(*arguments, timeout=300, anew=whole)
     assert done.returncode == 0, done.stderr
     assert "match at" in done.stdout

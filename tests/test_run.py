@@ -25,7 +25,7 @@ from equiloss.losses import Criterion
 from equiloss.records.results import TRAIN_METRICS, Result, metric_names, read_metrics
 from equiloss.records.writing import FileError
 from equiloss.run import run
-from support import ROOT, Run, composed, final_weights, slow
+from support import QUIET, ROOT, Run, composed, final_weights, slow
 
 FORMULATIONS = ("softmax_nll", "log_softmax_nll", "cross_entropy")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -59,9 +59,19 @@ def test_an_epoch_of_the_real_fashion_mnist(widths: str, tmp_path: Path) -> None
     assert result.parity["agree"]
 
 
-def test_results_have_every_key(run_here: Run, tmp_path: Path) -> None:
-    run_here("trainer.max_epochs=2", "loss=softmax_nll", "loss.label_smoothing=0.1")
-    found = json.loads((tmp_path / "run" / "results.json").read_text())
+LOSS = ("loss=softmax_nll", "loss.label_smoothing=0.1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run of two epochs has left what the tests that follow read."""
+    directory = tmp_path_factory.mktemp("trained")
+    run(composed(*QUIET, *LOSS, "trainer.max_epochs=2", "test_weights=last"), directory)
+    return directory
+
+
+def test_results_have_every_key(trained: Path) -> None:
+    found = json.loads((trained / "results.json").read_text())
     assert found["status"] == "completed"
     assert len(found["config_hash"]) == 64
     assert found["loss"]["name"] == "softmax_nll"
@@ -89,17 +99,16 @@ def test_results_have_every_key(run_here: Run, tmp_path: Path) -> None:
     assert "error" not in found
 
 
-def test_metrics_csv_has_every_step(run_here: Run, tmp_path: Path) -> None:
-    result = run_here("trainer.max_epochs=2")
-    losses = read_metrics(tmp_path / "run", "train/loss")
+def test_metrics_csv_has_every_step(trained: Path) -> None:
+    losses = read_metrics(trained, "train/loss")
     assert len(losses) == 46
-    assert losses[-1] == result.metrics["train/loss"]
-    assert len(read_metrics(tmp_path / "run", "val/nll")) == 2
-    assert len(read_metrics(tmp_path / "run", "test/nll")) == 1
+    assert losses[-1] == Result.read(trained).metrics["train/loss"]
+    assert len(read_metrics(trained, "val/nll")) == 2
+    assert len(read_metrics(trained, "test/nll")) == 1
     # Steps 0 and the last.
-    assert len(read_metrics(tmp_path / "run", "parity/max_ratio")) == 2
+    assert len(read_metrics(trained, "parity/max_ratio")) == 2
     for name in metric_names(FORMULATIONS):
-        assert read_metrics(tmp_path / "run", name), f"{name} was never logged"
+        assert read_metrics(trained, name), f"{name} was never logged"
 
 
 @pytest.mark.parametrize("epochs", [2, pytest.param(15, marks=slow)])
@@ -161,14 +170,10 @@ def test_test_weights_decide_what_is_tested(run_here: Run, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("task", ["validate", "test"])
 def test_a_checkpoint_is_evaluated_as_it_was_in_its_run(
-    task: str, run_here: Run, tmp_path: Path
+    task: str, trained: Path, run_here: Run
 ) -> None:
-    fitted = run_here("trainer.max_epochs=2", "test_weights=last", directory=tmp_path / "fit")
-    again = run_here(
-        f"task={task}",
-        f"ckpt_path={tmp_path}/fit/checkpoints/last.ckpt",
-        directory=tmp_path / "again",
-    )
+    fitted = Result.read(trained)
+    again = run_here(*LOSS, f"task={task}", f"ckpt_path={trained}/checkpoints/last.ckpt")
     split = {"validate": "val", "test": "test"}[task]
     assert {f"{split}/{name}" for name in SPLIT_METRICS} == again.metrics.keys()
     assert all(value == fitted.metrics[name] for name, value in again.metrics.items())
@@ -219,11 +224,11 @@ def test_debug_configs(debug: str, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "option",
-    ["model=mlp", "model.channels_last=true", "optimizer=adamw", "scheduler=one_cycle"],
+    "options",
+    ["model=mlp optimizer=adamw scheduler=one_cycle", "model.channels_last=true"],
 )
-def test_shipped_choices_train(option: str, tmp_path: Path) -> None:
-    result = run(composed(option, "trainer.max_epochs=5", "callbacks=quiet"), tmp_path)
+def test_shipped_choices_train(options: str, tmp_path: Path) -> None:
+    result = run(composed(*options.split(), "trainer.max_epochs=5", "callbacks=quiet"), tmp_path)
     assert result.metrics["test/acc"] > 0.8
 
 
@@ -427,9 +432,9 @@ def test_criterion_is_what_the_run_reports(run_here: Run) -> None:
     )
 
 
-def test_what_the_metrics_were_made_from_is_kept(run_here: Run, tmp_path: Path) -> None:
-    result = run_here("trainer.max_epochs=1")
-    kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+def test_what_the_metrics_were_made_from_is_kept(trained: Path) -> None:
+    result = Result.read(trained)
+    kept = json.loads((trained / "evaluation.json").read_text())
     assert kept["class_names"] == [str(digit) for digit in range(10)]
     for split, rows in (("val", 288), ("test", 359)):
         confusion = torch.tensor(kept[split]["confusion"])

@@ -95,6 +95,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(StopError):
+        run(composed(*SMALL), directory, callbacks=[StopBefore(7)])
+    return directory
+
+
 def assert_same(directory: Path, reference: Path) -> None:
     assert set(bits(directory, reference).values()) == {0}
     ours, theirs = (Result.read(place) for place in (directory, reference))
@@ -174,8 +182,7 @@ def test_a_limit_of_time_interrupts(whole: Path, tmp_path: Path) -> None:
     assert_same(tmp_path, whole)
 
 
-@pytest.mark.parametrize("stop", [3, "signal"])
-def test_validation_inside_an_epoch(stop: int | str, tmp_path: Path) -> None:
+def test_validation_inside_an_epoch(tmp_path: Path) -> None:
     """A step may be saved, validated and the run's last at once: early stopping counts each."""
     options = (
         "+trainer.val_check_interval=2",
@@ -187,18 +194,13 @@ def test_validation_inside_an_epoch(stop: int | str, tmp_path: Path) -> None:
     # Validated after steps 2, 4, 7 and 9 of 15; the fourth is the third without improvement.
     whole = run(composed(*SMALL, *options), tmp_path / "whole")
     assert whole.steps["taken"] == 9
-    if stop == "signal":
-        with pytest.raises(Interrupted):
-            run(
-                composed(*SMALL, *options),
-                tmp_path / "cut",
-                callbacks=[SignalAt("on_train_batch_start", 3)],
-            )
-        run(composed(*SMALL, *options), tmp_path / "cut")
-    else:
-        assert isinstance(stop, int)
-        stopped_and_continued(tmp_path / "cut", StopBefore(stop), *options)
-    assert_same(tmp_path / "cut", tmp_path / "whole")
+    stopped_and_continued(tmp_path / "stopped", StopBefore(3), *options)
+    asked = SignalAt("on_train_batch_start", 3)
+    with pytest.raises(Interrupted):
+        run(composed(*SMALL, *options), tmp_path / "interrupted", callbacks=[asked])
+    run(composed(*SMALL, *options), tmp_path / "interrupted")
+    for way in ("stopped", "interrupted"):
+        assert_same(tmp_path / way, tmp_path / "whole")
 
 
 def test_twice(whole: Path, tmp_path: Path) -> None:
@@ -209,13 +211,14 @@ def test_twice(whole: Path, tmp_path: Path) -> None:
     assert [segment["from_step"] for segment in result.segments] == [0, 3, 11]
 
 
-def test_from_an_older_checkpoint(tmp_path: Path) -> None:
+def test_from_an_older_checkpoint(whole: Path, tmp_path: Path) -> None:
     """What was logged after it is logged again, and stands there once."""
-    sparse = "checkpoint.every_n_steps=3"
-    run(composed(*SMALL, sparse), tmp_path / "whole")
-    result = stopped_and_continued(tmp_path / "cut", StopBefore(8), sparse)
+    sparse = composed(*SMALL, "checkpoint.every_n_steps=3")
+    with pytest.raises(StopError):
+        run(sparse, tmp_path, callbacks=[StopBefore(8)])
+    result = run(composed(*SMALL), tmp_path)
     assert [segment["from_step"] for segment in result.segments] == [0, 6]
-    assert_same(tmp_path / "cut", tmp_path / "whole")
+    assert_same(tmp_path, whole)
 
 
 @pytest.mark.parametrize("schedule", ["scheduler=one_cycle", "scheduler=constant"])
@@ -271,12 +274,13 @@ def test_the_comparison_notices_a_generator_that_was_not_put_back(
         ("seed=1", "seed is 1 now and was 0"),
     ],
 )
-def test_other_data_and_other_losses_are_refused(override: str, words: str, tmp_path: Path) -> None:
+def test_other_data_and_other_losses_are_refused(
+    override: str, words: str, stopped: Path, tmp_path: Path
+) -> None:
     """By the checkpoint itself: the data may change behind the same configuration."""
-    with pytest.raises(StopError):
-        run(composed(*SMALL), tmp_path, callbacks=[StopBefore(2)])
+    directory = shutil.copytree(stopped, tmp_path / "run")
     with pytest.raises(UserError, match=words) as caught:
-        run(composed(*SMALL, override), tmp_path)
+        run(composed(*SMALL, override), directory)
     assert "cannot" in str(caught.value)
 
 
@@ -293,14 +297,6 @@ def flipped(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.write_bytes(content)
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("stopped")
-    with pytest.raises(StopError):
-        run(composed(*SMALL), directory, callbacks=[StopBefore(7)])
-    return directory
 
 
 class TestDamage:
