@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from equiloss.config import ModelConfig
 from equiloss.errors import ConfigError, ModelError
-from equiloss.models.head import path_of
+from equiloss.models.head import paths_of
 from equiloss.models.patterns import parameters_named_by
 
 # What is made of blocks, and is none itself. Their subclasses are: a convolution with its
@@ -199,13 +199,13 @@ def _named(config: ModelConfig, model: nn.Module, num_classes: int) -> list[str]
     """Names of the parameters that are to be frozen, in the network's order."""
     names = [name for name, _ in model.named_parameters()]
     if config.freeze == "backbone":
-        head = path_of(model, num_classes)
-        if head is None:
+        heads = paths_of(model, num_classes)
+        if not heads:
             raise ModelError(
                 f"model.freeze=backbone: model {config.name!r} has no layer of {num_classes} "
                 "outputs, which would be its head: name what is frozen, as model.freeze=[layer1]"
             )
-        return [name for name in names if name.rpartition(".")[0] != head]
+        return [name for name in names if name.rpartition(".")[0] not in heads]
     if config.learning_blocks is not None:
         last = blocks(model)[-config.learning_blocks :]
         return [name for name in names if not any(_is_within(name, path) for path in last)]

@@ -42,8 +42,6 @@ class Published(NamedTuple):
     """Of the network, where the weights need other ones than its defaults."""
     cached: Path | None = None
     """The file in another cache of the library's, if it is there."""
-    head: tuple[str, ...] = ()
-    """Paths of the modules that give the logits, where the library says them."""
 
     def file(self, *, download: bool) -> Path:
         """Where the file is; it is fetched if it is missing and that is wanted.

@@ -84,7 +84,6 @@ def published(config: ModelConfig) -> Published:
     chosen = tag or None if config.weights == "DEFAULT" else config.weights
     pretrained = get_pretrained_cfg(f"{name}.{chosen}" if chosen else name)
     assert pretrained is not None
-    head = pretrained.classifier or ()
     url, place = _source(pretrained, f"{name}.{pretrained.tag}")
     return Published(
         name=str(pretrained.tag),
@@ -95,7 +94,6 @@ def published(config: ModelConfig) -> Published:
         image_size=int(pretrained.input_size[-1]),
         options={},
         cached=_cached(pretrained),
-        head=(head,) if isinstance(head, str) else tuple(head),
     )
 
 
