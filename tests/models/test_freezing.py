@@ -200,7 +200,13 @@ def test_one_line_says_what_learns() -> None:
     )
     freezing.unfreeze(model)
     line = freezing.described(config, model)
-    assert line.startswith("model.freeze=backbone: 35 of 41 parameters learn (all but batch norm")
+    assert line.startswith("model.freeze=backbone: 35 of 41 parameters learn (all but frozen b")
+    # Batch normalisation that was not frozen learns, and is not named.
+    config.freeze = ["0", "1"]
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    freezing.freeze(config, model, K)
+    freezing.unfreeze(model)
+    assert "(all but frozen batch normalisation);" in freezing.described(config, model)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,7 @@ class Frozen:
     evaluating: tuple[str, ...]
     """Paths of the batch normalisation that stays in evaluation mode."""
     later: tuple[str, ...]
-    """Parameters that learn after `after_epochs`: all but those of that batch normalisation."""
-    after_epochs: int | None
-    """Epochs after which they do (None: never)."""
+    """Parameters that learn after some epochs: all but those of that batch normalisation."""
 
 
 def of(model: nn.Module) -> Frozen | None:
@@ -101,7 +99,7 @@ def freeze(config: ModelConfig, model: nn.Module, num_classes: int) -> None:
     # By its class, and by paths: layers may be replaced, as torch's conversion to SyncBatchNorm
     # does, and copies are frozen too.
     model.__class__ = type(kind.__name__, (_Frozen, kind), {"__module__": kind.__module__})
-    parts = Frozen(tuple(names), evaluating, later, config.unfreeze_after_epochs)
+    parts = Frozen(tuple(names), evaluating, later)
     object.__setattr__(model, "frozen_parts", parts)
     model.train(model.training)
 
@@ -141,7 +139,7 @@ def described(config: ModelConfig, model: nn.Module) -> str:
     assert parts is not None
     learning = {name for name, each in model.named_parameters() if each.requires_grad}
     unfrozen = bool(parts.later) and learning.issuperset(parts.later)
-    where = "all but batch normalisation"
+    where = "all but frozen batch normalisation"
     if not (unfrozen and parts.evaluating):
         where = _listed(list(_parts(model, learning)))
     line = (
@@ -149,7 +147,7 @@ def described(config: ModelConfig, model: nn.Module) -> str:
         f"{sum(numbers.values()):,} parameters learn ({where})"
     )
     if parts.later and not unfrozen:
-        line += f", the others after {_counted(parts.after_epochs or 0, 'epoch')}"
+        line += f", the others after {_counted(config.unfreeze_after_epochs or 0, 'epoch')}"
     if parts.evaluating:
         layers = _counted(len(parts.evaluating), "layer")
         line += f"; frozen batch normalisation ({layers}) evaluates, for the whole run"
