@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -113,14 +114,19 @@ class TestFitting:
         file = save(colour.state_dict(), tmp_path / "rgb.pth")
         grey = network(seed=1).double().eval()
         said = load(grey, weights=str(file))
-        assert (
-            " is summed over 3 channels, approximately as if grey images were shown as RGB" in said
-        )
+        assert " is summed over 3 channels, approximately as if grey images were shown " in said
         images = torch.randn(4, 1, 16, 16, dtype=torch.float64)
         # Three products in another order.
         torch.testing.assert_close(
             grey(images), colour(images.expand(-1, 3, -1, -1)), rtol=1e-12, atol=1e-12
         )
+
+    def test_the_sum_over_channels_is_no_coarser_than_float32(self, tmp_path: Path) -> None:
+        state = network(channels=3).half().state_dict()
+        model = network(seed=1)
+        load(model, weights=str(save(state, tmp_path / "half.pth")))
+        stem = next(iter(state))
+        assert torch.equal(model.state_dict()[stem], state[stem].float().sum(1, keepdim=True))
 
     def test_other_channels_are_refused(self, file: Path) -> None:
         line = refused(lambda: load(network(channels=3), weights=str(file)))
@@ -134,8 +140,8 @@ class TestFitting:
         state["extra.weight"] = state["extra.bias"] = missing
         other = save(state, tmp_path / "other.pth")
         line = refused(lambda: load(network(), weights=str(other)))
-        assert line.startswith(f"model.weights={other} does not fit model 'convnet': 2 of its ")
-        assert "and 3 of the file's have no place (" in line
+        assert line.startswith(f"model.weights={other} does not fit model 'convnet': left out ")
+        assert " would be 2 of the network's tensors, and 3 of the file's (" in line
         assert f"({names[0]} is not in the file; {names[1]} is [3] in the file and " in line
         assert line.endswith("; …); model.weights_strict=false loads the others")
         model = network(seed=1)
@@ -195,7 +201,13 @@ class TestFiles:
     ) -> None:
         state = network().state_dict()
         wrapped = {f"{prefix}{name}": tensor for name, tensor in state.items()}
-        content = {"epoch": 3, "optimizer": {"state": {}}, key: wrapped}
+        # PyTorch's own example has its best accuracy beside it.
+        content = {
+            "epoch": 3,
+            "optimizer": {"state": {}},
+            "best_acc1": torch.ones(()),
+            key: wrapped,
+        }
         model = network(seed=1)
         load(model, weights=str(save(content, tmp_path / "w.pth")))
         assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
@@ -302,11 +314,15 @@ class TestPublished:
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*_: Any, **__: Any) -> None:
-            raise OSError("Name or service not known")
+            raise error
 
         monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+        error: Exception = URLError(OSError(-2, "Name or service not known"))
         line = refused(lambda: weights.fetch(ModelConfig(**self.CONFIG, download=True)))
         assert "could not be fetched (Name or service not known); put it at " in line
+        error = RuntimeError('invalid hash value (expected "b8a52dc0", got "0")')
+        line = refused(lambda: weights.fetch(ModelConfig(**self.CONFIG, download=True)))
+        assert f"{SQUEEZE} gave a file that has not the SHA-256 of its name; it was thrown" in line
 
     def test_unknown_ones_get_the_near_miss(self) -> None:
         config = ModelConfig(**{**self.CONFIG, "weights": "IMAGENET1K_V2"})

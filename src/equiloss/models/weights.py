@@ -91,7 +91,7 @@ def give(model: nn.Module, config: ModelConfig, num_classes: int) -> str:
     where = f"{chosen.name} ({file})" if chosen else str(file)
     if fitted.faults and (config.weights_strict or not fitted.taken):
         way_out = "model.weights_strict=false loads the others"
-        raise CheckpointError(refusal(fitted, model, f"model.weights={where}", config, way_out))
+        raise CheckpointError(refusal(fitted, f"model.weights={where}", config, way_out))
     loaded = OrderedDict(fitted.taken)
     # A module may read a file of another version in another way; one without any is of today's.
     versions = getattr(given, "_metadata", None) or getattr(model.state_dict(), "_metadata", {})
@@ -186,18 +186,12 @@ def _renamed(given: Mapping[str, Tensor], config: ModelConfig) -> Mapping[str, T
     return renamed
 
 
-def refusal(
-    fitted: Fitted, model: nn.Module, source: str, config: ModelConfig, way_out: str = ""
-) -> str:
-    """Why a source, such as `init_from=a.ckpt`, is refused; the way out is for what fits in part."""
-    counts = (
-        f"{len(fitted.missing)} of its {len(model.state_dict())} tensors are not to be had from "
-        f"it, and {len(fitted.unused)} of the file's have no place"
-    )
+def refusal(fitted: Fitted, source: str, config: ModelConfig, way_out: str = "") -> str:
+    """Why a source, such as `init_from=a.ckpt`, is refused; a way out if something fits."""
     if not fitted.taken:
         way_out = "none fits, so that it is another network's"
-    said = f"{source} does not fit model {config.name!r}: {counts} ({_shown(fitted)})"
-    return f"{said}; {way_out}" if way_out else said
+    said = f"{source} does not fit model {config.name!r}: left out would be "
+    return said + _left_out(fitted) + (f"; {way_out}" if way_out else "")
 
 
 def remarks(fitted: Fitted) -> str:
@@ -208,13 +202,10 @@ def remarks(fitted: Fitted) -> str:
             f"; {fitted.summed} is summed over 3 channels, approximately as if grey images were "
             "shown as RGB (data.options.channels=3 shows pictures in files so)"
         )
-    if fitted.faults:
-        said += (
-            f"; left out: {len(fitted.missing)} of the network's tensors, and "
-            f"{len(fitted.unused)} of the file's ({_shown(fitted)})"
-        )
-    return said
+    return said + (f"; left out: {_left_out(fitted)}" if fitted.faults else "")
 
 
-def _shown(fitted: Fitted) -> str:
-    return "; ".join(fitted.faults[:SHOWN]) + "; …" * (len(fitted.faults) > SHOWN)
+def _left_out(fitted: Fitted) -> str:
+    first = "; ".join(fitted.faults[:SHOWN]) + "; …" * (len(fitted.faults) > SHOWN)
+    network, file = len(fitted.missing), len(fitted.unused)
+    return f"{network} of the network's tensors, and {file} of the file's ({first})"

@@ -54,8 +54,7 @@ def start_from(module: Classifier, path: Path) -> str:
     given = {name.removeprefix(own): each for name, each in state if name.startswith(own)}
     fitted = weights.fit(given, model, paths_of(model, module.evaluation.num_classes))
     if fitted.faults:
-        source = f"init_from={path}"
-        raise CheckpointError(weights.refusal(fitted, model, source, module.config.model))
+        raise CheckpointError(weights.refusal(fitted, f"init_from={path}", module.config.model))
     model.load_state_dict(fitted.taken, strict=False)
     return f"{len(fitted.taken)} tensors from {path}{weights.remarks(fitted)}"
 
