@@ -168,7 +168,7 @@ class TestRefused:
         [
             ("convnet", {"width": [8]}, "'width'"),
             ("mlp", {"groups": 2}, "'groups'"),
-            ("resnet18", {"widths": [8]}, "'widths'"),
+            ("resnet18", {"widths": [8]}, "it has no option 'widths'$"),
             ("convnet", {"widths": [10], "groups": 4}, "divisible"),
             ("convnet", {"dropout": 2.0}, "dropout probability"),
         ],

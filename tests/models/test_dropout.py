@@ -100,6 +100,11 @@ def test_layers_of_a_network_are_replaced_and_differ() -> None:
 
 
 class TestStochasticDepth:
+    def test_what_drops_nothing_hands_on_what_it_is_given(self) -> None:
+        branch = torch.ones(2, 3)
+        assert KeyedStochasticDepth(0.5, RowKeys(0), 0).eval()(branch) is branch
+        assert KeyedStochasticDepth(0.0, RowKeys(0), 0)(branch) is branch
+
     def branches(self, p: float, index: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """What becomes of ones [n, 2, 3]."""
         row_keys = RowKeys(0)

@@ -15,7 +15,7 @@ from equiloss.errors import ConfigError, UserError
 from equiloss.models import batch_norm, freezing
 from equiloss.models.build import build_network
 from equiloss.models.dropout import RowKeys
-from equiloss.models.head import path_of
+from equiloss.models.head import paths_of
 from equiloss.preflight.behaviour import look
 from stand_ins import normalised
 from support import slow, wrong_with
@@ -60,10 +60,10 @@ def untrained(name: str) -> nn.Module:
     ],
 )
 def test_the_head_is_the_last_layer_with_a_row_for_each_class(name: str, head: str) -> None:
-    assert path_of(untrained(name), 7) == head
-    assert path_of(untrained(name), 6) is None
+    assert paths_of(untrained(name), 7) == [head]
+    assert paths_of(untrained(name), 6) == []
     before = nn.Sequential(nn.Linear(2, 7), untrained(name))
-    assert path_of(before, 7) == f"1.{head}"
+    assert paths_of(before, 7) == [f"1.{head}"]
 
 
 def test_the_blocks_of_networks_that_everyone_knows() -> None:
@@ -200,7 +200,13 @@ def test_one_line_says_what_learns() -> None:
     )
     freezing.unfreeze(model)
     line = freezing.described(config, model)
-    assert line.startswith("model.freeze=backbone: 35 of 41 parameters learn (all but batch norm")
+    assert line.startswith("model.freeze=backbone: 35 of 41 parameters learn (all but frozen b")
+    # Batch normalisation that was not frozen learns, and is not named.
+    config.freeze = ["0", "1"]
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    freezing.freeze(config, model, K)
+    freezing.unfreeze(model)
+    assert "(all but frozen batch normalisation);" in freezing.described(config, model)
 
 
 @pytest.mark.parametrize(

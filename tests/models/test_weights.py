@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from equiloss.errors import CheckpointError, ConfigError, ModelError, UserError
 from equiloss.models import weights
 from equiloss.models.build import build_network
 from equiloss.models.dropout import RowKeys
-from equiloss.models.head import path_of
+from equiloss.models.head import paths_of
 from equiloss.records.results import Result
 from equiloss.training.about import About
 from support import Run, composed, final_weights, slow, wrong_with
@@ -109,19 +110,26 @@ class TestFitting:
 
     def test_a_head_that_is_a_convolution(self) -> None:
         model = network(classes=3, size=64, name="squeezenet1_1", options={}, channels=3)
-        assert path_of(model, 3) == "classifier.1"
+        assert paths_of(model, 3) == ["classifier.1"]
 
     def test_a_grey_stem_is_what_rgb_pictures_of_grey_give(self, tmp_path: Path) -> None:
         colour = network(channels=3).double().eval()
         file = save(colour.state_dict(), tmp_path / "rgb.pth")
         grey = network(seed=1).double().eval()
         said = load(grey, weights=str(file))
-        assert " is summed over 3 channels, for grey images shown as RGB" in said
+        assert " is summed over 3 channels, approximately as if grey images were shown " in said
         images = torch.randn(4, 1, 16, 16, dtype=torch.float64)
         # Three products in another order.
         torch.testing.assert_close(
             grey(images), colour(images.expand(-1, 3, -1, -1)), rtol=1e-12, atol=1e-12
         )
+
+    def test_the_sum_over_channels_is_no_coarser_than_float32(self, tmp_path: Path) -> None:
+        state = network(channels=3).half().state_dict()
+        model = network(seed=1)
+        load(model, weights=str(save(state, tmp_path / "half.pth")))
+        stem = next(iter(state))
+        assert torch.equal(model.state_dict()[stem], state[stem].float().sum(1, keepdim=True))
 
     def test_other_channels_are_refused(self, file: Path) -> None:
         line = refused(lambda: load(network(channels=3), weights=str(file)))
@@ -135,15 +143,16 @@ class TestFitting:
         state["extra.weight"] = state["extra.bias"] = missing
         other = save(state, tmp_path / "other.pth")
         line = refused(lambda: load(network(), weights=str(other)))
-        assert line.startswith(f"model.weights={other} does not fit model 'convnet': 2 of its ")
-        assert "and 3 of the file's have no place (" in line
+        assert line.startswith(f"model.weights={other} does not fit model 'convnet': left out ")
+        assert " would be 2 of the network's tensors, and 3 of the file's (" in line
         assert f"({names[0]} is not in the file; {names[1]} is [3] in the file and " in line
         assert line.endswith("; …); model.weights_strict=false loads the others")
         model = network(seed=1)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         said = load(model, weights=str(other), weights_strict=False)
         assert said.startswith(f"{len(names) - 2} tensors from ")
-        assert said.endswith("; left out: 2 of the network's tensors, and 3 of the file's")
+        left = f"2 of the network's tensors, and 3 of the file's ({names[0]} is not in the file; "
+        assert f"; left out: {left}" in said
         after = model.state_dict()
         assert all(torch.equal(after[name], before[name]) for name in names[:2])
         assert all(torch.equal(after[name], state[name]) for name in names[2:])
@@ -195,7 +204,13 @@ class TestFiles:
     ) -> None:
         state = network().state_dict()
         wrapped = {f"{prefix}{name}": tensor for name, tensor in state.items()}
-        content = {"epoch": 3, "optimizer": {"state": {}}, key: wrapped}
+        # PyTorch's own example has its best accuracy beside it.
+        content = {
+            "epoch": 3,
+            "optimizer": {"state": {}},
+            "best_acc1": torch.ones(()),
+            key: wrapped,
+        }
         model = network(seed=1)
         load(model, weights=str(save(content, tmp_path / "w.pth")))
         assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
@@ -302,11 +317,15 @@ class TestPublished:
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*_: Any, **__: Any) -> None:
-            raise OSError("Name or service not known")
+            raise error
 
         monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+        error: Exception = URLError(OSError(-2, "Name or service not known"))
         line = refused(lambda: weights.fetch(ModelConfig(**self.CONFIG, download=True)))
         assert "could not be fetched (Name or service not known); put it at " in line
+        error = RuntimeError('invalid hash value (expected "b8a52dc0", got "0")')
+        line = refused(lambda: weights.fetch(ModelConfig(**self.CONFIG, download=True)))
+        assert f"{SQUEEZE} gave a file that has not the SHA-256 of its name; it was thrown" in line
 
     def test_unknown_ones_get_the_near_miss(self) -> None:
         config = ModelConfig(**{**self.CONFIG, "weights": "IMAGENET1K_V2"})

@@ -317,8 +317,29 @@ def test_it_is_batch_norm_alone_or_more() -> None:
         found = look(stacked(nn.BatchNorm2d(8), *layers), images, RowKeys(0))
         return {each.batch_norm for each in found if each.effect == NEIGHBOURS}
 
-    assert of_batch_norm() == {True}
+    assert of_batch_norm() == of_batch_norm(Doubled(8), nn.SyncBatchNorm(8)) == {True}
     assert of_batch_norm(Centred()) == {False}
+
+
+def test_batch_norm_that_computes_its_statistics_itself_is_named() -> None:
+    found = look(stacked(nn.BatchNorm2d(8), nn.ReLU(), Itself(8)), images, RowKeys(0))
+    seen = {(each.effect, each.module, each.batch_norm) for each in found}
+    assert seen == {(effect, "3 (Itself)", False) for effect in (NEIGHBOURS, LEARNS)}
+
+
+class Doubled(nn.BatchNorm2d):
+    """It goes over all ranks with what is torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Itself(nn.BatchNorm2d):
+    """It does not: torch's forward pass is not called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, self.training)
 
 
 class Centred(nn.Module):

@@ -151,8 +151,8 @@ def test_the_log_says_what_learns_and_at_which_rates(whole: Whole) -> None:
         "optimizer.groups: the others: 90 parameters, lr 0.003, decay 0.01 (0 of norms and biases)",
         "optimizer.groups: stages: 1,152 parameters, lr 0.0003, decay 0.01 (0 of norms and biases)",
         "optimizer.groups: stem: 72 parameters, lr 3e-05, decay 0",
-        "model.freeze=backbone: 1,314 of 1,362 parameters learn (all but batch normalisation); "
-        "frozen batch normalisation (4 layers) evaluates, for the whole run",
+        "model.freeze=backbone: 1,314 of 1,362 parameters learn (all but frozen batch "
+        "normalisation); frozen batch normalisation (4 layers) evaluates, for the whole run",
     ]
     # The rate that is logged is the optimizer's own.
     assert max(read_metrics(whole.directory, "train/lr")) == pytest.approx(0.003)

@@ -200,6 +200,23 @@ def test_what_makes_no_sense_is_refused(groups: Any, message: str) -> None:
     assert wrong_with(str(refused.value)) is None
 
 
+def test_a_group_that_has_nothing_to_teach_is_refused() -> None:
+    shadowed = [{"pattern": ["stem", "stages"]}, {"pattern": "norm"}, {"pattern": "stages.?.norm"}]
+    line = r"^optimizer.groups\[2\].pattern=stages.\?.norm names no parameters that are left to "
+    with pytest.raises(ConfigError, match=line + "learn: the group of stem, stages comes first$"):
+        made(shadowed)
+    for epochs in (None, 1):
+        network = normalised(4, 1)
+        config = ModelConfig(name="mlp", freeze="backbone", unfreeze_after_epochs=epochs)
+        freezing.freeze(config, network, 4)
+        optimizer = OptimizerConfig(groups=[{"pattern": "stages"}])
+        if epochs:
+            assert grouped(optimizer, network, network)[1].parameters
+            continue
+        with pytest.raises(ConfigError, match=r"learn: model.freeze holds them still for the whol"):
+            grouped(optimizer, network, network)
+
+
 def test_a_group_is_what_was_given_and_a_layer_may_be_called_by_a_number() -> None:
     (group,) = OptimizerConfig(groups=[{"pattern": [0, "1.bias"]}]).groups
     assert group == GroupConfig([0, "1.bias"])

@@ -23,8 +23,9 @@ def following_weights(resolved: ResolvedConfig) -> ResolvedConfig:
 
     `model.weights=DEFAULT` becomes their name; `data.mean`, `data.std` and, for pictures in files,
     `data.image_size` become those that they were trained with, and options of the network that
-    they need are set, each unless it is set already. Grey images get the mean over the channels.
-    The first rank says so. The file of the weights is not needed.
+    they need are set, each unless it is set already. Grey images get the mean over the channels
+    (approximately what they are given as RGB). The first rank says so. The file of the weights is
+    not needed.
 
     Raises:
         ModelError: for an unknown network or unknown weights, with the near miss.

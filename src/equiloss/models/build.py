@@ -6,6 +6,7 @@ else through `model=custom`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from equiloss.config import Config, ModelConfig
+from equiloss.config.network import OWN
 from equiloss.errors import ModelError, UserError, first_line
 from equiloss.imports import import_target
 from equiloss.models import freezing, timm
@@ -22,11 +24,20 @@ from equiloss.models.head import expose_head
 from equiloss.models.networks import MLP, ConvNet
 from equiloss.models.published import torchvision_models
 
-# Arguments of torchvision's networks that are not the user's.
+# Arguments of torchvision's and timm's networks that are not the user's.
 FIXED = {
-    "weights": "model.weights names the weights to start from",
     "num_classes": "it is the number of classes in the data",
+    "in_chans": "it is the number of channels in the data",
+    **dict.fromkeys(
+        (
+            *("weights", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+            *("checkpoint_path", "cache_dir"),
+        ),
+        "model.weights names the weights to start from",
+    ),
 }
+# What Python says of an option that a function does not take.
+UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def build_network(
@@ -62,6 +73,9 @@ def build_network(
     elif config.name == "custom":
         function = import_target(str(config.target), "model.target", ModelError)
         make, sizes = partial(function, num_classes=num_classes, in_channels=channels), ()
+    of_library = config.library == "timm" or config.name not in OWN
+    for key in filter(FIXED.get, options) if of_library else ():
+        raise ModelError(f"model.options.{key} cannot be set: {FIXED[key]}")
     try:
         model = make(*sizes, **options)
     except UserError:
@@ -69,7 +83,9 @@ def build_network(
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and config.name == "custom":
             raise  # a fault of that code, and not of its options
-        why = first_line(error)
+        found = UNKNOWN.search(str(error))
+        own = found and found[1] in options  # and not one of a call inside
+        why = f"it has no option {found[1]!r}" if found and own else first_line(error)
         raise ModelError(f"model {config.name!r} with options {options}: {why}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {config.name!r} is a {type(model).__name__}, not an nn.Module")
@@ -118,9 +134,6 @@ def lay_out(
 
 def _torchvision(name: str, num_classes: int, channels: int, /, **options: Any) -> nn.Module:
     models = torchvision_models(name)
-    for key, why in FIXED.items():
-        if key in options:
-            raise ModelError(f"model.options.{key} cannot be set: {why}")
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary heads return a second set of logits while training.
         options = {"aux_logits": False, "init_weights": True, **options}

@@ -119,10 +119,11 @@ class KeyedStochasticDepth(KeyedDropout):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
         """Drop in training: [n, …] -> [n, …]."""
-        keys = self.row_keys.keys if self.training and self.p > 0 else None
-        shape = [len(input)] + [1] * (input.dim() - 1)
+        if not self.training or self.p == 0:
+            return input
+        keys, shape = self.row_keys.keys, [len(input)] + [1] * (input.dim() - 1)
         if keys is None or input.shape[:1] != keys.shape:
-            return input * F.dropout(input.new_ones(shape), self.p, self.training)
+            return input * F.dropout(input.new_ones(shape), self.p)
         return self._dropped(input, keys, shape)
 
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from equiloss.config import ModelConfig
 from equiloss.errors import ConfigError, ModelError
-from equiloss.models.head import path_of
+from equiloss.models.head import paths_of
 from equiloss.models.patterns import parameters_named_by
 
 # What is made of blocks, and is none itself. Their subclasses are: a convolution with its
@@ -35,9 +35,7 @@ class Frozen:
     evaluating: tuple[str, ...]
     """Paths of the batch normalisation that stays in evaluation mode."""
     later: tuple[str, ...]
-    """Parameters that learn after `after_epochs`: all but those of that batch normalisation."""
-    after_epochs: int | None
-    """Epochs after which they do (None: never)."""
+    """Parameters that learn after some epochs: all but those of that batch normalisation."""
 
 
 def of(model: nn.Module) -> Frozen | None:
@@ -101,7 +99,7 @@ def freeze(config: ModelConfig, model: nn.Module, num_classes: int) -> None:
     # By its class, and by paths: layers may be replaced, as torch's conversion to SyncBatchNorm
     # does, and copies are frozen too.
     model.__class__ = type(kind.__name__, (_Frozen, kind), {"__module__": kind.__module__})
-    parts = Frozen(tuple(names), evaluating, later, config.unfreeze_after_epochs)
+    parts = Frozen(tuple(names), evaluating, later)
     object.__setattr__(model, "frozen_parts", parts)
     model.train(model.training)
 
@@ -141,7 +139,7 @@ def described(config: ModelConfig, model: nn.Module) -> str:
     assert parts is not None
     learning = {name for name, each in model.named_parameters() if each.requires_grad}
     unfrozen = bool(parts.later) and learning.issuperset(parts.later)
-    where = "all but batch normalisation"
+    where = "all but frozen batch normalisation"
     if not (unfrozen and parts.evaluating):
         where = _listed(list(_parts(model, learning)))
     line = (
@@ -149,7 +147,7 @@ def described(config: ModelConfig, model: nn.Module) -> str:
         f"{sum(numbers.values()):,} parameters learn ({where})"
     )
     if parts.later and not unfrozen:
-        line += f", the others after {_counted(parts.after_epochs or 0, 'epoch')}"
+        line += f", the others after {_counted(config.unfreeze_after_epochs or 0, 'epoch')}"
     if parts.evaluating:
         layers = _counted(len(parts.evaluating), "layer")
         line += f"; frozen batch normalisation ({layers}) evaluates, for the whole run"
@@ -199,13 +197,13 @@ def _named(config: ModelConfig, model: nn.Module, num_classes: int) -> list[str]
     """Names of the parameters that are to be frozen, in the network's order."""
     names = [name for name, _ in model.named_parameters()]
     if config.freeze == "backbone":
-        head = path_of(model, num_classes)
-        if head is None:
+        heads = paths_of(model, num_classes)
+        if not heads:
             raise ModelError(
                 f"model.freeze=backbone: model {config.name!r} has no layer of {num_classes} "
                 "outputs, which would be its head: name what is frozen, as model.freeze=[layer1]"
             )
-        return [name for name in names if name.rpartition(".")[0] != head]
+        return [name for name in names if name.rpartition(".")[0] not in heads]
     if config.learning_blocks is not None:
         last = blocks(model)[-config.learning_blocks :]
         return [name for name in names if not any(_is_within(name, path) for path in last)]

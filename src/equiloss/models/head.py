@@ -15,18 +15,24 @@ from equiloss.errors import ModelError
 EXPOSED = "_equiloss_exposed"
 
 
-def path_of(model: nn.Module, num_classes: int) -> str | None:
-    """Path of a network's head: its last module with a weight of K rows, if it has one.
+def paths_of(model: nn.Module, num_classes: int) -> list[str]:
+    """Paths of a network's heads: its last module with a weight of K rows, if it has one.
 
-    >>> path_of(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Tanh()), num_classes=2)
-    '1'
+    A network of timm may have several, and give the mean of their logits: it lists them.
+
+    >>> paths_of(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Tanh()), num_classes=2)
+    ['1']
     """
-    heads = [
+    found = [
         path
         for path, module in model.named_modules()
         if any(p.ndim >= 2 and len(p) == num_classes for p in module.parameters(recurse=False))
     ]
-    return heads[-1] if heads else None
+    # Beyond its `get_classifier()`: of volo also the auxiliary head, which is in the logits.
+    timms: Any = getattr(model, "pretrained_cfg", None)
+    listed = timms.get("classifier") if isinstance(timms, dict) else None
+    listed = [listed] if isinstance(listed, str) else listed or ()
+    return [path for path in found if path in listed] or found[-1:]
 
 
 def expose_head(name: str, model: nn.Module, num_classes: int, *, compiled: bool = False) -> None:

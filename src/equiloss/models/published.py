@@ -42,8 +42,6 @@ class Published(NamedTuple):
     """Of the network, where the weights need other ones than its defaults."""
     cached: Path | None = None
     """The file in another cache of the library's, if it is there."""
-    head: tuple[str, ...] = ()
-    """Paths of the modules that give the logits, where the library says them."""
 
     def file(self, *, download: bool) -> Path:
         """Where the file is; it is fetched if it is missing and that is wanted.
@@ -160,10 +158,12 @@ def _fetch(published: Published) -> None:
             published.url, str(published.place), digest and digest[1], progress=False
         )
     except Exception as error:  # the network, the disk, and what came
-        raise CheckpointError(
-            f"model.weights={published.name}: {published.url} could not be fetched "
-            f"({first_line(error).strip('<>')}); put it at {published.place}"
-        ) from error
+        reason = getattr(error, "reason", error)  # urllib's errors wrap the system's
+        why = getattr(reason, "strerror", None) or first_line(error)
+        said = f"could not be fetched ({why}); put it at {published.place}"
+        if why.startswith("invalid hash"):
+            said = "gave a file that has not the SHA-256 of its name; it was thrown away"
+        raise CheckpointError(f"model.weights={published.name}: {published.url} {said}") from error
 
 
 def _compare(file: Path) -> None:

@@ -13,15 +13,6 @@ from equiloss.errors import CheckpointError, ModelError, first_line, unknown
 from equiloss.models.published import Published, check_name, file_name, place_of
 
 EXTRA = "pip install 'equiloss[timm]'"
-# Arguments of timm.create_model that are not the user's.
-FIXED = {
-    "num_classes": "it is the number of classes in the data",
-    "in_chans": "it is the number of channels in the data",
-    **dict.fromkeys(
-        ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
-        "model.weights names the weights to start from",
-    ),
-}
 # What a repository of Hugging Face's holds, the better first.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -41,9 +32,6 @@ def network(name: str, num_classes: int, channels: int, /, **options: Any) -> nn
     _check(name)
     import timm.layers
 
-    for key, why in FIXED.items():
-        if key in options:
-            raise ModelError(f"model.options.{key} cannot be set: {why}")
     model: nn.Module = timm.create_model(
         name, pretrained=False, num_classes=num_classes, in_chans=channels, **options
     )
@@ -84,7 +72,6 @@ def published(config: ModelConfig) -> Published:
     chosen = tag or None if config.weights == "DEFAULT" else config.weights
     pretrained = get_pretrained_cfg(f"{name}.{chosen}" if chosen else name)
     assert pretrained is not None
-    head = pretrained.classifier or ()
     url, place = _source(pretrained, f"{name}.{pretrained.tag}")
     return Published(
         name=str(pretrained.tag),
@@ -95,7 +82,6 @@ def published(config: ModelConfig) -> Published:
         image_size=int(pretrained.input_size[-1]),
         options={},
         cached=_cached(pretrained),
-        head=(head,) if isinstance(head, str) else tuple(head),
     )
 
 

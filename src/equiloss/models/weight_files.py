@@ -46,9 +46,9 @@ def read(file: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(
             f"model.weights={file} is a checkpoint of equiloss: start from it by init_from={file}"
         )
-    found = _tensors(loaded)
-    for key in NESTED if isinstance(loaded, Mapping) and not found else ():
-        found = found or _tensors(loaded.get(key))
+    # What lies beside a state dict may be tensors too, such as the best accuracy.
+    nested = [loaded.get(key) for key in NESTED] if isinstance(loaded, Mapping) else []
+    found = next(filter(None, map(_tensors, [*nested, loaded])), None)
     if not found:
         raise CheckpointError(
             f"model.weights={file} holds no tensors by their names: save network.state_dict()"

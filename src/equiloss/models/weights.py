@@ -16,7 +16,7 @@ from equiloss.config import ModelConfig
 from equiloss.config.network import is_file
 from equiloss.errors import CheckpointError
 from equiloss.models import published, timm, weight_files
-from equiloss.models.head import path_of
+from equiloss.models.head import paths_of
 from equiloss.models.published import Published
 
 # Modules of torchvision's files that networks are built without here, as they give more logits.
@@ -87,26 +87,25 @@ def give(model: nn.Module, config: ModelConfig, num_classes: int) -> str:
         given = timm.state_dict(config, chosen.name, file)
     else:
         given = weight_files.read(file)
-    given = _renamed(given, config)
-    head = [*(chosen.head if chosen else ()), *filter(None, [path_of(model, num_classes)])]
-    fitted = fit(given, model, head)
+    fitted = fit(_renamed(given, config), model, paths_of(model, num_classes))
     where = f"{chosen.name} ({file})" if chosen else str(file)
     if fitted.faults and (config.weights_strict or not fitted.taken):
-        raise CheckpointError(_refusal(fitted, model, config, where))
+        way_out = "model.weights_strict=false loads the others"
+        raise CheckpointError(refusal(fitted, f"model.weights={where}", config, way_out))
     loaded = OrderedDict(fitted.taken)
     # A module may read a file of another version in another way; one without any is of today's.
     versions = getattr(given, "_metadata", None) or getattr(model.state_dict(), "_metadata", {})
     loaded._metadata = versions  # type: ignore[attr-defined]
     model.load_state_dict(loaded, strict=False)
-    return f"{len(loaded)} tensors from {where}{_remarks(fitted)}"
+    return f"{len(loaded)} tensors from {where}{remarks(fitted)}"
 
 
 def fit(given: Mapping[str, Tensor], model: nn.Module, heads: Iterable[str]) -> Fitted:
     """Compare the tensors of a file with those of a network.
 
     A head of another number of classes, and one that the file lacks, is left as it is. A stem of
-    three channels becomes one of one channel by the sum over them, which is what a grey image is
-    given that is shown as RGB.
+    three channels becomes one of one channel by the sum over them. That is what a grey image shown
+    as RGB is given where all channels have one mean and one deviation, and approximately elsewhere.
 
     Args:
         given: The file's tensors.
@@ -117,9 +116,10 @@ def fit(given: Mapping[str, Tensor], model: nn.Module, heads: Iterable[str]) -> 
     stem = _stem(model)
     summed = None
     if stem in own and stem in given and _is_of_three(own[stem], given[stem]):
-        given[stem], summed = given[stem].sum(dim=1, keepdim=True), stem
+        dtype = torch.promote_types(given[stem].dtype, torch.float32)
+        given[stem], summed = given[stem].sum(dim=1, keepdim=True, dtype=dtype), stem
     new: list[str] = []
-    for path in dict.fromkeys(heads):
+    for path in heads:
         tensors = [name for name in own if name.startswith(f"{path}.")]
         if all(name not in given or _is_of_others(own[name], given[name]) for name in tensors):
             new += tensors
@@ -186,28 +186,26 @@ def _renamed(given: Mapping[str, Tensor], config: ModelConfig) -> Mapping[str, T
     return renamed
 
 
-def _refusal(fitted: Fitted, model: nn.Module, config: ModelConfig, where: str) -> str:
-    first = "; ".join(fitted.faults[:SHOWN]) + "; …" * (len(fitted.faults) > SHOWN)
-    total = len(model.state_dict())
-    counts = (
-        f"{len(fitted.missing)} of its {total} tensors are not to be had from it, and "
-        f"{len(fitted.unused)} of the file's have no place"
-    )
-    way_out = "model.weights_strict=false loads the others"
+def refusal(fitted: Fitted, source: str, config: ModelConfig, way_out: str = "") -> str:
+    """Why a source, such as `init_from=a.ckpt`, is refused; a way out if something fits."""
     if not fitted.taken:
         way_out = "none fits, so that it is another network's"
-    said = f"model.weights={where} does not fit model {config.name!r}: {counts} ({first})"
-    return f"{said}; {way_out}"
+    said = f"{source} does not fit model {config.name!r}: left out would be "
+    return said + _left_out(fitted) + (f"; {way_out}" if way_out else "")
 
 
-def _remarks(fitted: Fitted) -> str:
+def remarks(fitted: Fitted) -> str:
     """What a user should know of what was loaded, as the end of a sentence."""
     said = f"; the head is new ({', '.join(fitted.new)})" if fitted.new else ""
     if fitted.summed:
-        said += f"; {fitted.summed} is summed over 3 channels, for grey images shown as RGB"
-    if fitted.faults:
         said += (
-            f"; left out: {len(fitted.missing)} of the network's tensors, and "
-            f"{len(fitted.unused)} of the file's"
+            f"; {fitted.summed} is summed over 3 channels, approximately as if grey images were "
+            "shown as RGB (data.options.channels=3 shows pictures in files so)"
         )
-    return said
+    return said + (f"; left out: {_left_out(fitted)}" if fitted.faults else "")
+
+
+def _left_out(fitted: Fitted) -> str:
+    first = "; ".join(fitted.faults[:SHOWN]) + "; …" * (len(fitted.faults) > SHOWN)
+    network, file = len(fitted.missing), len(fitted.unused)
+    return f"{network} of the network's tensors, and {file} of the file's ({first})"

@@ -55,7 +55,7 @@ class Found(NamedTuple):
     module: str
     """Path and type of the innermost module that shows it."""
     batch_norm: bool = False
-    """Whether batch normalisation is all that shows it."""
+    """Whether batch normalisation that goes over all ranks is all that shows it."""
 
 
 def by_row(found: Iterable[Found]) -> bool:
@@ -157,13 +157,16 @@ class _Watch:
         if drew:
             yield Found(Effect.DRAWS, next(each.module for each in first.seen if each.drew))
         yield from self._of_training(first, others, drew=drew)
+        with _evaluating(self.model):
+            self._train(self.images)
+        itself = self._changed()  # also by a class that computes its statistics itself
         for effect, names in (
             (Effect.LEARNS, learned),
             (Effect.COUNTS, [name for name in changed if name not in learned]),
         ):
             owners = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in names}
             # What batch normalisation counts goes with what it learns.
-            plain = [name for name in names if not isinstance(owners[name], _BatchNorm)]
+            plain = [n for n in names if n in itself or not isinstance(owners[n], _BatchNorm)]
             if plain or (names and effect == Effect.LEARNS):
                 name = (plain or names)[0]
                 yield Found(effect, _named(name.rpartition(".")[0], owners[name]), not plain)
@@ -177,10 +180,11 @@ class _Watch:
             if not _same(first.logits, again.logits):
                 yield Found(Effect.REMEMBERS, self._parting(first, again))
                 return
-            with _evaluating(self.model, _BatchNorm):
+            with _evaluating(self.model):
                 plain = [self._train(rows) for rows in (self.images, self.beside_others)]
             batch_norm = _same(plain[0].logits[FOLLOWED], plain[1].logits[FOLLOWED])
-            yield Found(Effect.NEIGHBOURS, self._parting(first, others), batch_norm)
+            passes = (first, others) if batch_norm else plain
+            yield Found(Effect.NEIGHBOURS, self._parting(*passes), batch_norm)
         elif not drew:  # another number of rows draws other numbers
             part = self._train(self.images[:-1])
             if not _same(first.logits[:-1], part.logits):
@@ -258,21 +262,29 @@ def _named(path: str, module: nn.Module) -> str:
     return f"{path or 'the network itself'} ({type(module).__name__})"
 
 
+class _Evaluating(_BatchNorm):
+    """Makes a batch normalisation evaluate, where `models.batch_norm` has it go over all ranks."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name of the argument
+        training, self.training = self.training, False
+        output = super().forward(input)
+        self.training = training
+        return output
+
+
 @contextmanager
-def _evaluating(model: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
-    """Have modules of one kind behave as in evaluation, also while the network trains."""
-    chosen = [module for module in model.modules() if isinstance(module, kind)]
-    for module in chosen:
-        module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Have batch normalisation evaluate in training, but for what computes its own statistics."""
+    kinds = {module: type(module) for module in model.modules() if isinstance(module, _BatchNorm)}
+    for module, kind in kinds.items():
+        # torch's own goes over them on GPUs.
+        order = (_Evaluating, kind) if kind is nn.SyncBatchNorm else (kind, _Evaluating)
+        module.__class__ = type(kind.__name__, order, {})
     try:
         yield
     finally:
-        for module in chosen:
-            del module.train
-
-
-def _stay_in_evaluation(module: nn.Module, _mode: bool = True) -> nn.Module:
-    return nn.Module.train(module, False)
+        for module, kind in kinds.items():
+            module.__class__ = kind
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

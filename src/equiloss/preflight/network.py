@@ -19,8 +19,6 @@ log = logging.getLogger(__name__)
 FEW = 16
 DEVICES, MICRO_BATCHES = "trainer.devices", "trainer.micro_batch_size"
 TRAINING = (DEVICES, MICRO_BATCHES)
-# A last batch of a smaller part of the others' rows is pointed out.
-FEW = 16
 # What an effect does, and on which keys the results then depend.
 MEANINGS = {
     Effect.DRAWS: (

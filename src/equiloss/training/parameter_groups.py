@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from equiloss.config import OptimizerConfig
+from equiloss.errors import ConfigError
 from equiloss.models import freezing
 from equiloss.models.patterns import parameters_named_by
 
@@ -46,7 +47,8 @@ def grouped(config: OptimizerConfig, module: nn.Module, network: nn.Module) -> l
         network: The part of it that the patterns are for, with its own names.
 
     Raises:
-        ConfigError: for a pattern that matches nothing, with the near miss.
+        ConfigError: for a pattern that matches nothing, with the near miss, and for a group to
+            which earlier ones, or what is frozen for the whole run, leave nothing.
 
     >>> config = OptimizerConfig(lr=0.5, groups=[{"pattern": "*.bias", "lr_factor": 2}])
     >>> network = nn.Linear(3, 2)
@@ -56,7 +58,7 @@ def grouped(config: OptimizerConfig, module: nn.Module, network: nn.Module) -> l
     coming = freezing.will_learn(network)
     left = {p: None for p in module.parameters() if p.requires_grad or p in coming}
     names = dict(network.named_parameters())
-    groups = []
+    groups: list[Group] = []
     for number, group in enumerate(config.groups):
         key = f"optimizer.groups[{number}].pattern"
         own = [n for each in group.patterns for n in parameters_named_by(each, network, key)]
@@ -66,6 +68,13 @@ def grouped(config: OptimizerConfig, module: nn.Module, network: nn.Module) -> l
         parameters = [p for p in left if p in found]
         left = {p: None for p in left if p not in found}
         shown = ", ".join(group.patterns)
+        if not parameters:
+            before = [g.name for g in groups if not found.isdisjoint(g.parameters)]
+            why = f"the group of {'; '.join(before)} comes first"
+            if not before:
+                why = "model.freeze" if freezing.of(network) else "the network itself"
+                why += " holds them still for the whole run"
+            raise ConfigError(f"{key}={shown} names no parameters that are left to learn: {why}")
         groups.append(Group(shown, parameters, config.lr * group.lr_factor, decay, exempt))
     return [Group("the others", list(left), config.lr, config.weight_decay, 0.0), *groups]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from equiloss.errors import CheckpointError
 from equiloss.models import weights
+from equiloss.models.head import paths_of
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
 from equiloss.training.state import RunState
 
@@ -38,7 +39,7 @@ def give_weights(module: Classifier, *, continued: bool) -> None:
 
 
 def start_from(module: Classifier, path: Path) -> str:
-    """Give a network the weights of a checkpoint, but for a head of another size.
+    """Give a network the weights of a checkpoint, fitted as those of `model.weights` are.
 
     Returns:
         What was taken, in words.
@@ -48,21 +49,14 @@ def start_from(module: Classifier, path: Path) -> str:
     """
     loaded = AtomicCheckpointIO().load_checkpoint(path)
     RunState.load(loaded, path)
-    own = {n: t for n, t in module.state_dict().items() if n.startswith("model.")}
-    given = {n: t for n, t in loaded["state_dict"].items() if n.startswith("model.")}
-    fits_not = [n for n in own if n not in given or own[n].shape != given[n].shape]
-    fits_not += sorted(given.keys() - own.keys())
-    head = [n for n in own if n.rpartition(".")[0] == [*own][-1].rpartition(".")[0]]
-    odd = [name for name in fits_not if name not in head]
-    if odd:
-        raise CheckpointError(
-            f"init_from={path} does not fit model {module.config.model.name!r}: "
-            f"{len(odd)} tensors are others, {odd[0]} the first"
-        )
-    kept = {name: tensor for name, tensor in given.items() if name not in fits_not}
-    module.load_state_dict(kept, strict=False)
-    new = f"; the head is new ({', '.join(fits_not)})" if fits_not else ""
-    return f"{len(kept)} tensors from {path}{new}"
+    model, own = module.model, "model."
+    state = loaded["state_dict"].items()
+    given = {name.removeprefix(own): each for name, each in state if name.startswith(own)}
+    fitted = weights.fit(given, model, paths_of(model, module.evaluation.num_classes))
+    if fitted.faults:
+        raise CheckpointError(weights.refusal(fitted, f"init_from={path}", module.config.model))
+    model.load_state_dict(fitted.taken, strict=False)
+    return f"{len(fitted.taken)} tensors from {path}{weights.remarks(fitted)}"
 
 
 def load_weights(module: Classifier, path: Path) -> dict[str, float]:
