@@ -104,7 +104,8 @@ class TestFitting:
         theirs, own = wide.state_dict(), network().state_dict()
         others = [name for name, tensor in own.items() if tensor.shape != theirs[name].shape]
         assert {"head.weight", "head.bias"} < {*others}
-        assert f" does not fit model 'convnet': {len(others)} of its " in line
+        words = f" does not fit model 'convnet': left out would be {len(others)} of the network's "
+        assert words in line
         said = load(network(), weights=str(file), weights_strict=False)
         assert "head is new" not in said
 
