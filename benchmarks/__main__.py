@@ -73,14 +73,14 @@ def _suite(_: int) -> Tables:
 
 PARTS: dict[str, tuple[Callable[[int], Tables], int]] = {
     "loss": (_loss, 11),
-    "loop": (_loop, 7),
+    "loop": (_loop, 5),
     "ranks": (_ranks, 7),
-    "pictures": (_pictures, 5),
-    "fine_tuning": (_fine_tuning, 5),
-    "growth": (_growth, 5),
+    "pictures": (_pictures, 3),
+    "fine_tuning": (_fine_tuning, 3),
+    "growth": (_growth, 3),
     "start": (_commands("start", "From the start of a process"), 5),
-    "help": (_commands("help", "Pages of help"), 5),
-    "sweep": (_commands("sweep", "Six runs on the digits"), 3),
+    "help": (_commands("help", "Pages of help"), 3),
+    "sweep": (_commands("sweep", "Six runs on the digits"), 2),
     "suite": (_suite, 1),
 }
 """What is timed, and in how many rounds."""
