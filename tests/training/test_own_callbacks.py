@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from equiloss.errors import CheckpointError, ConfigError
+from equiloss.records.results import read_metrics
+from equiloss.records.run_dir import METRICS
 from equiloss.training import own_callbacks
 from support import Run, final_weights
 
@@ -33,6 +36,32 @@ def test_one_is_called_in_a_run(run_here: Run) -> None:
 
 
 LIGHTNING = "lightning.pytorch.callbacks"
+
+
+class Logs(Callback):
+    """Logs a number of its own with each step."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        pl_module.log("mine/step", trainer.global_step)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [(f"{LIGHTNING}:LearningRateMonitor", "lr-SGD/pg1"), (f"{__name__}:Logs", "mine/step")],
+)
+def test_what_one_logs_has_no_column_and_ends_no_run(
+    target: str, name: str, run_here: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ("trainer.max_steps=60", "logger=tensorboard", f"+callbacks.items.mine.target={target}")
+    run_here(*words)
+    directory = tmp_path / "run"
+    columns = (directory / METRICS).read_text().splitlines()[0].split(",")
+    assert not {name, "epoch"} & {*columns}
+    assert len(read_metrics(directory, "train/loss")) == 60
+    (line,) = [each for each in caplog.messages if "has no columns for" in each]
+    assert name in line
+    events = EventAccumulator(str(directory)).Reload()
+    assert events.Scalars(name)
 
 
 @pytest.mark.parametrize(

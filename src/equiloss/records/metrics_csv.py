@@ -32,6 +32,7 @@ class MetricsCsv(Logger):
         self.columns = ["step", *columns]
         self.rows = 0
         """Rows written so far."""
+        self._left_out: set[str] = set()
         self._file: IO[str] | None = None
 
     @property
@@ -52,9 +53,18 @@ class MetricsCsv(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write one row; a float as its repr, which reads back to the same float64.
 
+        What a callback of the user's own logs beside the columns is for the other loggers.
+
         Raises:
             FileError: if it cannot be written.
         """
+        if others := metrics.keys() - set(self.columns):
+            metrics = {name: metrics[name] for name in metrics if name not in others}
+            if new := sorted(others - self._left_out - {"epoch"}):
+                log.warning("%s has no columns for %s", self.path, ", ".join(new))
+            self._left_out |= others
+            if not metrics:
+                return
         with writing(self.path):
             if self._file is None:
                 # Line by line, so that a killed run keeps what it logged.
