@@ -34,9 +34,17 @@ def test_the_log_has_beginning_epochs_and_end(train: Train, tmp_path: Path) -> N
         " epoch 1/2, 3 steps: train/loss ",
         " epoch 2/2, 6 steps: train/loss ",
         "cross_entropy: completed",
-        "look at it:    tensorboard --logdir ",
+        f"look at it:    {run}/metrics.csv\n",  # there is nothing for TensorBoard
     ):
         assert words in lines
+
+
+def test_a_run_with_event_files_is_looked_at_in_tensorboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "events.out.tfevents.1").touch()
+    console.show(Result("completed", "", {"name": "any", "options": {}}), tmp_path)
+    assert f"look at it:    tensorboard --logdir {tmp_path}\n" in capsys.readouterr().out
 
 
 def test_the_log_says_why_a_run_failed(train: Train, tmp_path: Path) -> None:

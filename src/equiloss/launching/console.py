@@ -15,6 +15,7 @@ from rich.text import Text
 from equiloss.config import SPLIT_METRICS
 from equiloss.errors import printable
 from equiloss.records.results import Result, beyond
+from equiloss.records.run_dir import METRICS, has_events
 from equiloss.records.train_log import append
 
 
@@ -57,7 +58,8 @@ def show(result: Result, run_dir: Path) -> None:
             f"{'es' if result.world_size > 1 else ''})",
             highlight=False,
         )
-    for line in (f"run directory: {run_dir}", f"look at it:    tensorboard --logdir {run_dir}"):
+    look = f"tensorboard --logdir {run_dir}" if has_events(run_dir) else str(run_dir / METRICS)
+    for line in (f"run directory: {run_dir}", f"look at it:    {look}"):
         console.print(plain(line), soft_wrap=True)
     append(run_dir, console.export_text())
 

@@ -34,6 +34,11 @@ LEDGER = "ledger.jsonl"
 MULTIRUN = "multirun.yaml"
 
 
+def has_events(run_dir: Path) -> bool:
+    """Whether TensorBoard would find something in a run's directory."""
+    return any(run_dir.glob(EVENTS))
+
+
 def rank_log(run_dir: Path, rank: int) -> Path:
     """Output of a rank beside the first."""
     return run_dir / RANKS / f"rank{rank}.log"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from equiloss.config.resolved import PRESENTATION, leaves
+from equiloss.records.run_dir import has_events
 from equiloss.report.groups import Group, RunMatcher, differing
 from equiloss.report.pairs import Pair, find_pairs
 from equiloss.report.ranking import best, objective_of, ranked
@@ -63,11 +64,12 @@ class Comparison:
     def summary(self, directory: Path, verdict: Sequence[str]) -> list[str]:
         """What a screen says: the best setting, a verdict, and where the report lies."""
         tensorboard = shlex.join(["tensorboard", "--logdir", str(directory / LINKS)])
+        looks = any(has_events(run.directory) for run in self.run_set.runs)
         return [
             *best(self.groups, self.objective),
             *verdict,
             f"report: {directory / 'report.md'}",
-            f"curves: {tensorboard}",
+            *([f"curves: {tensorboard}"] if looks else []),
         ]
 
 

@@ -213,6 +213,9 @@ class Checkpoints(Checkpoint):
         path = self.directory / TESTED[module.config.test_weights]
         if path == self.last_path:
             return {}
+        if module.config.test_weights == "ema":
+            # In the table of a run the figures of val/loss are those of the weights themselves.
+            log.info("the averaged weights are tested (test_weights=ema)")
         try:
             return load_weights(module, path)
         except DamagedError as error:
