@@ -5,8 +5,8 @@ backward pass, so that each micro-batch contributes exactly its part of
 
     loss = sum of per-sample losses / mass
 
-and the result does not depend on how the batch was split. It needs the targets alone: where rows
-differ in what they count, its sum over ranks travels while the network runs.
+and the result does not depend on how the batch was split. It needs the targets alone, so its
+sum over ranks travels while the network runs.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class MicroBatches:
     def __call__(self, batch: Batch) -> Accumulated:
         """Forward and backward for this rank's slice; every rank must call it."""
         module, criterion = self.module, self.module.criterion
-        pending = self._mass(batch)
+        pending = collectives.start_sum(criterion.mass(batch.target, module.loss_dtype))
         parts, parameters = self._parts(batch), self._parameters
         total = torch.zeros((), dtype=module.loss_dtype, device=batch.target.device)
         kept = []
@@ -150,14 +150,6 @@ class MicroBatches:
                 # As on several ranks, where another's rows may depend on it.
                 parameter.grad = torch.zeros_like(parameter)
         return Accumulated(travelling, mass, joined(kept), batch.target)
-
-    def _mass(self, batch: Batch) -> collectives.PendingSum:
-        """Mass of the global batch; where each row counts 1, no rank needs another to know it."""
-        criterion, dtype = self.module.criterion, self.module.loss_dtype
-        if batch.rows and criterion.expected is False and not criterion.is_weighted:
-            known = torch.full((), batch.rows, dtype=dtype, device=batch.target.device)
-            return collectives.PendingSum(known, None)
-        return collectives.start_sum(criterion.mass(batch.target, dtype))
 
     def _parts(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images, targets and positions of each micro-batch, as many as on every rank."""
