@@ -153,42 +153,44 @@ class _Watch:
         changed = self._changed()
         others = self._train(self.beside_others)
         learned = [n for n in changed if not _same(changed[n], self.model.get_buffer(n))]
-        drew = first.seen[-1].drew
-        if drew:
+        if drew := first.seen[-1].drew:
             yield Found(Effect.DRAWS, next(each.module for each in first.seen if each.drew))
-        yield from self._of_training(first, others, drew=drew)
-        with _evaluating(self.model):
-            self._train(self.images)
-        itself = self._changed()  # also by a class that computes its statistics itself
+        differs = not _same(first.logits[FOLLOWED], others.logits[FOLLOWED])
+        plain, itself = first, changed
+        if changed or differs:
+            with _evaluating(self.model):
+                plain = self._train(self.images)
+                itself = self._changed()  # also by a class that computes its statistics itself
+        if differs:
+            yield self._of_neighbours(first, others, plain)
+        elif not drew:  # another number of rows draws other numbers
+            part = self._train(self.images[:-1])
+            if not _same(first.logits[:-1], part.logits):
+                yield Found(Effect.NEIGHBOURS, self._parting(first, part))
         for effect, names in (
             (Effect.LEARNS, learned),
             (Effect.COUNTS, [name for name in changed if name not in learned]),
         ):
             owners = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in names}
             # What batch normalisation counts goes with what it learns.
-            plain = [n for n in names if n in itself or not isinstance(owners[n], _BatchNorm)]
-            if plain or (names and effect == Effect.LEARNS):
-                name = (plain or names)[0]
-                yield Found(effect, _named(name.rpartition(".")[0], owners[name]), not plain)
+            more = [n for n in names if n in itself or not isinstance(owners[n], _BatchNorm)]
+            if more or (names and effect == Effect.LEARNS):
+                name = (more or names)[0]
+                yield Found(effect, _named(name.rpartition(".")[0], owners[name]), not more)
         first, others = self._evaluate(self.images), self._evaluate(self.beside_others)
         if not _same(first.logits[FOLLOWED], others.logits[FOLLOWED]):
             yield Found(Effect.EVALUATION, self._parting(first, others))
 
-    def _of_training(self, first: _Pass, others: _Pass, *, drew: bool) -> Iterator[Found]:
-        if not _same(first.logits[FOLLOWED], others.logits[FOLLOWED]):
-            again = self._train(self.images)
-            if not _same(first.logits, again.logits):
-                yield Found(Effect.REMEMBERS, self._parting(first, again))
-                return
-            with _evaluating(self.model):
-                plain = [self._train(rows) for rows in (self.images, self.beside_others)]
-            batch_norm = _same(plain[0].logits[FOLLOWED], plain[1].logits[FOLLOWED])
-            passes = (first, others) if batch_norm else plain
-            yield Found(Effect.NEIGHBOURS, self._parting(*passes), batch_norm)
-        elif not drew:  # another number of rows draws other numbers
-            part = self._train(self.images[:-1])
-            if not _same(first.logits[:-1], part.logits):
-                yield Found(Effect.NEIGHBOURS, self._parting(first, part))
+    def _of_neighbours(self, first: _Pass, others: _Pass, plain: _Pass) -> Found:
+        """Why a row has other logits beside other rows; `plain` is without batch normalisation."""
+        with _evaluating(self.model):
+            beside = self._train(self.beside_others)
+        if _same(plain.logits[FOLLOWED], beside.logits[FOLLOWED]):
+            return Found(Effect.NEIGHBOURS, self._parting(first, others), batch_norm=True)
+        again = self._train(self.images)
+        if not _same(first.logits, again.logits):
+            return Found(Effect.REMEMBERS, self._parting(first, again))
+        return Found(Effect.NEIGHBOURS, self._parting(plain, beside))
 
     def _train(self, images: Tensor) -> _Pass:
         """A training pass from the same state of buffers and generators."""
