@@ -68,9 +68,13 @@ class TestMetricsCsv:
         metrics.log_metrics({"val/nll": 2.0}, 1)
         assert len(rows(tmp_path)) == 2
 
-    def test_a_metric_without_a_column_is_refused(self, metrics):
-        with pytest.raises(ValueError, match="train/los"):
-            metrics.log_metrics({"train/los": 1.0}, 0)
+    def test_a_metric_without_a_column_is_left_out_and_named_once(self, metrics, tmp_path, caplog):
+        for step in range(2):
+            metrics.log_metrics({"mine/lr": 1.0, "epoch": 0}, step)
+            metrics.log_metrics({"mine/lr": 1.0, "train/loss": 2.0}, step)
+        assert [row["train/loss"] for row in rows(tmp_path)] == ["2.0", "2.0"]
+        assert metrics.rows == 2
+        assert caplog.messages == [f"{tmp_path / 'metrics.csv'} has no columns for mine/lr"]
 
     def test_a_run_that_logs_nothing_leaves_no_file(self, metrics, tmp_path):
         metrics.finalize("success")
