@@ -83,8 +83,8 @@ class EvaluationFigures(Callback):
 def draw_worst(worst: Tensor, splits: Splits) -> Figure:
     """Images with the largest loss: rows (nll, index, true class, predicted class) [n, 4].
 
-    On axes of its own for each image, with a layout to be found for them, this would take ten times
-    as long, and more than all else that a short run does.
+    On axes of its own for each image, with a layout to be found for them, this would take four
+    times as long, and half of a short run's time.
     """
     images = splits.test.__getitems__(Slice(0, worst[:, 1].long())).images  # [n, C, H, W]
     titles = []
