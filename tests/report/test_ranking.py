@@ -78,6 +78,15 @@ def test_one_seed_says_nothing_of_chance(tmp_path: Path, monkeypatch: pytest.Mon
     assert following.endswith("worse by 0.1; whether that is chance, several seeds would tell")
 
 
+def test_formulations_apart_by_rounding_are_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {("balanced", "0.1", 0): 0.25, ("focal", "0.1", 0): 0.25 + 1e-9}
+    swept(tmp_path, monkeypatch, figures)
+    _, following, *_ = compare(find_runs([tmp_path])).summary(tmp_path, [])
+    assert following.endswith("val/nll 0.25; level to the digits shown (1e-09 apart)")
+
+
 def test_a_difference_within_the_seeds_is_called_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,10 @@ class Decoder:
             raise too_large(file, error) from error
         # PIL reports broken files through whatever its decoders raise, SyntaxError included.
         except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"cannot read image {file}: {error}; mend or remove it") from error
+            # PIL's own words for what it does not know name the file once more.
+            unknown = isinstance(error, Image.UnidentifiedImageError)
+            why = "no known image format" if unknown else error
+            raise DataError(f"cannot read image {file}: {why}; mend or remove it") from error
         if deep:
             grey = torch.from_numpy(self._eight_bits(file, image.mode, pixels))  # [H, W]
             return grey.expand(self.channels, -1, -1).contiguous()

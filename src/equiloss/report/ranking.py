@@ -82,7 +82,10 @@ def best(groups: Sequence[Group], objective: str) -> list[str]:
     lines = [f"best setting: {places[0].describe(objective)}"]
     behind = places[1].behind
     if behind is not None:
-        lines.append(f"the next: {places[1].describe(objective)}; {behind.describe()}")
+        said = behind.describe()
+        if behind.half_width is None and str(places[0].spread) == str(places[1].spread):
+            said = f"level to the digits shown ({behind.mean:.2g} apart)"
+        lines.append(f"the next: {places[1].describe(objective)}; {said}")
     return lines
 
 
