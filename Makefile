@@ -91,11 +91,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/train.stamp: pyproject.toml | $(VENV)/bin/python
-	@echo "installing torch and the others into $(VENV): some minutes, several GB"
+	@echo "installing into $(VENV): the first time some minutes and several GB"
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
-	@echo "installing torch and the others into $(VENV): some minutes, several GB"
+	@echo "installing into $(VENV): the first time some minutes and several GB"
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/train.stamp

@@ -55,7 +55,7 @@ def _growth(rounds: int) -> Tables:
 
 def _commands(part: str, title: str) -> Callable[[int], Tables]:
     def tables(rounds: int) -> Tables:
-        # Each is a process from its start: nothing is warm but the disk's cache.
+        # A sweep takes minutes, and the parts before it have warmed the disk's cache.
         warm_up = part != "sweep"
         yield title, ratios(commands.arrangements(part), rounds=rounds, warm_up=warm_up)
 
@@ -66,7 +66,7 @@ def _suite(_: int) -> Tables:
     seconds = commands.suite()
     share = seconds / commands.WANTED_OF_SUITE
     yield (
-        f"The tests, once; times {commands.WANTED_OF_SUITE} s",
+        f"make test (lint and tests), once; times {commands.WANTED_OF_SUITE} s",
         [Ratio("make test", seconds, share, share, share, 1.0)],
     )
 
@@ -132,9 +132,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar=f"{{{','.join(PARTS)}}}")
     parser.add_argument("--rounds", type=int, help="instead of each part's own number")
     parser.add_argument(
-        "--write", action="store_true", help=f"write {PAGE.name} and {FIGURES.name}"
+        "--write", action="store_true", help=f"write {PAGE.name} and {FIGURES.name}, and draw them"
     )
     asked = parser.parse_args()
+    if asked.rounds is not None and asked.rounds < 2:
+        parser.error("--rounds is 2 at least: a ratio is given with its quartiles")
     for part in asked.parts or PARTS:
         tables, rounds = PARTS[part]
         for title, measured in tables(asked.rounds or rounds):

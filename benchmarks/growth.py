@@ -6,12 +6,13 @@ from benchmarks.loop import seconds_per_step
 from benchmarks.paired import Arrangement, Measure
 
 FIRST, COUNT = 3, 8
-# Of the shipped convnet: samples for all steps within the first epoch, at any of the sizes.
+# Of the shipped convnet.
 BASE = {"batch": 64, "size": 28, "classes": 10}
 
 
 def step(batch: int, size: int, classes: int) -> Measure:
     """Seconds of an optimizer step of the convnet on synthetic pictures."""
+    # All steps lie within the first epoch, of half of the samples at least; and some of each class.
     samples = max(2 * batch * (FIRST + COUNT), 4 * classes)
     options = f"{{num_samples: {samples}, size: {size}, num_classes: {classes}}}"
     words = ("data=synthetic", f"data.options={options}", f"data.batch_size={batch}")

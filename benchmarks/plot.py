@@ -30,9 +30,8 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
             places = range(len(rows))
             ratios = [row["ratio"] for row in rows]
             colours = ["tab:blue" for _ in rows]
-            colours[0] = "0.7"
             if rows[-1]["name"] == CONTROL:
-                colours[-1] = "0.7"
+                colours[0] = colours[-1] = "0.7"
             axes.barh(places, ratios, color=colours, height=0.7)
             # A median of quotients lies between their quartiles.
             spread = [
@@ -53,5 +52,9 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
                 axes.minorticks_off()
             else:
                 axes.set_xlim(left=0)
-    figure.supxlabel("times the first of each table; lines: quartiles; red: wanted", fontsize=9)
+    figure.supxlabel(
+        "times the first of each table (logarithmic where one is above 5); lines: quartiles; "
+        "red: wanted",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=100)

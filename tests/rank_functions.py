@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from equiloss.config.resolved import ResolvedConfig
 from equiloss.distributed import collectives
+from equiloss.distributed.gradient_sums import GradientSums
 from equiloss.distributed.interruption import Interrupted
 from equiloss.losses import Criterion, reduction
 from equiloss.models.batch_norm import synchronise
@@ -339,3 +341,25 @@ def extra_metrics_of(
         )
         metrics.update(*list(parts)[collectives.rank()])
     return metrics.take()
+
+
+def numbers_with_gradients(dtype: torch.dtype, numbers: torch.dtype) -> dict[str, Any]:
+    """Numbers of their own of two steps [r + 1, r], and the gradients that they travel with.
+
+    The second parameter is one that no rank's loss depends on.
+    """
+    module = nn.ParameterList([torch.zeros(3, dtype=dtype), torch.zeros(2, dtype=dtype)])
+    sums = GradientSums()
+    with sums.joining(module, numbers):
+        model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    sums.settle(model)
+    assert model.reducer._rebuild_buckets()  # every parameter was in that pass
+    found = []
+    for step in (1, 2):
+        own = torch.tensor([step * (rank() + 1.0), rank()], dtype=numbers)
+        model.reducer.prepare_for_backward([])
+        module.zero_grad()
+        sums.start((module[0] * own[0].to(dtype)).sum(), own, list(module)).backward()
+        found.append(sums.finish().tolist())
+    gradients = [[value.item() for value in parameter.grad] for parameter in module]
+    return {"sums": found, "gradients": gradients, "names": list(module.state_dict())}

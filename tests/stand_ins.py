@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -233,17 +234,19 @@ def extra_ignored_row(
     return losses * keep
 
 
+# For as long as the process lives.
+control = ExitStack()
+
+
 def with_local_means(num_classes: int, in_channels: int) -> nn.Module:
     """A network whose arrival turns the reduction into the usual mean of local means.
 
     The control of the invariance tests: every rank divides by the mass of its own slice, and
     data-parallel training averages the ranks.
     """
-    from equiloss.distributed import collectives
-    from equiloss.losses import reduction
+    from equiloss.invariance.controls import local_means
 
-    collectives.start_sum = lambda value: collectives.PendingSum(value.detach().clone(), None)
-    reduction.rank_loss = reduction.mean
+    control.enter_context(local_means())
     return ConvNet(num_classes, in_channels, widths=(8, 16))
 
 
@@ -379,3 +382,9 @@ def notes_its_surroundings(_: object, run_dir: Path) -> None:
 
 def measured(seconds: float) -> Callable[[], float]:
     return lambda: float(seconds)
+
+
+def hinge_of_cancelling_terms(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A squared hinge that takes away what the row's own class has added: [N, C], [N] -> [N]."""
+    own = logits.gather(-1, target.unsqueeze(-1))
+    return ((1 - own + logits).relu() ** 2).sum(-1) - 1

@@ -87,9 +87,9 @@ def wrong_with(line: str) -> str | None:
     return None if line.strip() else "it is empty"
 
 
-def final_weights(run_dir: Path) -> dict[str, Tensor]:
-    """The network's weights after the last step."""
-    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+def final_weights(run_dir: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
+    """The network's weights after the last step, or those of another checkpoint."""
+    checkpoint = torch.load(run_dir / "checkpoints" / name, weights_only=True)
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     return weights
 

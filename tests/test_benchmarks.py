@@ -67,7 +67,11 @@ def test_what_is_timed_of_fine_tuning_is_a_configuration(way):
     assert composed(*fine_tuning.WORK, *way.options["overrides"]).config.model.name == "resnet18"
 
 
-def test_the_picture_has_axes_for_each_table(tmp_path):
+def test_the_picture_has_axes_for_each_table(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     rows = [paired.ratio(name, 1.5, [1.0, 2.0], [1.0, 1.0])._asdict() for name in "ab"]
     plot.draw({title: {"measured": rows} for title in "abc"}, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = drawn
+    assert [axes.get_title("left") for axes in figure.axes] == [*"abc"]
+    assert [len(axes.patches) for axes in figure.axes] == [2] * 3

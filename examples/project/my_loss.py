@@ -8,4 +8,4 @@ def squared_hinge(logits: Tensor, target: Tensor, *, margin: float = 1.0) -> Ten
     """Square of what each wrong class lacks of the margin: [N, C], [N] -> [N]."""
     own = logits.gather(-1, target.unsqueeze(-1))  # [N, 1]
     short = F.relu(margin - own + logits) ** 2  # [N, C]
-    return short.sum(-1) - margin**2  # the class itself lacks the margin, always
+    return short.scatter(-1, target.unsqueeze(-1), 0).sum(-1)  # the class itself lacks nothing

@@ -345,7 +345,7 @@ def test_a_failed_rank_ends_its_job_within_seconds(train: Train, tmp_path: Path)
     assert reported - last_step < 15
 
 
-@slow  # in the suite: a failing job after a group of 1, and sweeps of groups of 2
+@slow  # in the suite: a sweep of groups of 2
 def test_a_multirun_over_devices_has_real_groups_of_each_size(train: Train, tmp_path: Path) -> None:
     done = train(
         "-m",

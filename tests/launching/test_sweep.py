@@ -313,14 +313,19 @@ class TestSlots:
         assert slots.parallel_jobs(hydra, jobs) == parallel
 
 
-@slow  # in the suite: a sweep on one rank that finds its runs again, and runs on two
-def test_losses_on_two_ranks(train: Train, tmp_path: Path) -> None:
-    command = ("-m", *THREE_BY_TWO)
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(TWO_BY_TWO, id="two"), pytest.param(THREE_BY_TWO, id="three", marks=slow)],
+)
+def test_losses_on_two_ranks(words: tuple[str, ...], train: Train, tmp_path: Path) -> None:
+    command = ("-m", *words)
     done = train(*command, timeout=240)
     assert done.returncode == 0, done.stderr
     (sweep_dir,) = (tmp_path / "runs").iterdir()
     found = results(sweep_dir)
     losses = ["cross_entropy", "log_softmax_nll", "softmax_nll"]
+    if words is TWO_BY_TWO:
+        losses = sorted(BOTH.removeprefix("loss=").split(","))
     assert [result.loss["name"] for result in found] == losses
     assert {result.world_size for result in found} == {2}
     assert {result.status for result in found} == {"completed"}
@@ -430,7 +435,7 @@ def srun(*arguments: str, cwd: Path, differ: bool = False) -> list[tuple[int, st
     return [(task.returncode, output) for task, output in zip(tasks, outputs, strict=True)]
 
 
-@slow  # torchrun's are ranks from outside too
+@slow  # ranks from outside: none in the suite train together
 def test_srun_starts_the_ranks(tmp_path: Path) -> None:
     ended = srun(*FAST, cwd=tmp_path)
     assert [code for code, _ in ended] == [0, 0], ended

@@ -200,7 +200,9 @@ def test_one_line_says_what_learns() -> None:
     )
     freezing.unfreeze(model)
     line = freezing.described(config, model)
-    assert line.startswith("model.freeze=backbone: 35 of 41 parameters learn (all but frozen b")
+    assert line.startswith(
+        "model.freeze=backbone: 35 of 41 parameters learn (all but frozen batch normalisation)"
+    )
     # Batch normalisation that was not frozen learns, and is not named.
     config.freeze = ["0", "1"]
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))

@@ -99,6 +99,20 @@ def test_a_loss_of_ones_own_is_called_what_it_is(formulations: str, run_here: Ru
     assert result.parity["agree"] == (formulations != "[custom]")
 
 
+def test_terms_that_cancel_in_rows_that_hardly_count_are_no_fault(run_here: Run) -> None:
+    """How a loss rounds in a row of small gradient is its own affair: others decide the sum."""
+    result = run_here(
+        *("loss=custom", "loss.target=stand_ins:hinge_of_cancelling_terms", "model=mlp"),
+        *(
+            "optimizer=adamw",
+            "optimizer.lr=0.01",
+            "trainer.max_epochs=8",
+            "parity.every_n_steps=10",
+        ),
+    )
+    assert 0 < result.parity["gradient_ratio"] < 1
+
+
 def test_a_digest_is_of_bits_and_places() -> None:
     one = torch.randn(100, generator=torch.Generator().manual_seed(0))
     for other in (one.flip(0), -one, torch.nextafter(one, one + 1), one.roll(1)):

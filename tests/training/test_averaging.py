@@ -30,7 +30,7 @@ from equiloss.training.averaging import Averaging
 from equiloss.training.classifier import Classifier
 from rank_functions import run_in_rank
 from stops import StopBefore, StopError
-from support import composed, slow, wrong_with
+from support import composed, final_weights, slow, wrong_with
 
 # 38 training rows in batches of 9: five steps an epoch.
 SMALL = (
@@ -54,7 +54,7 @@ class Files(Callback):
 
 
 def first_file(run_dir: Path) -> Path:
-    """Where it is."""
+    """Where `Files` puts the averages of the first epoch."""
     return run_dir.with_name(f"{run_dir.name}.first.ckpt")
 
 
@@ -79,8 +79,8 @@ def averages(run_dir: Path) -> dict[str, Tensor]:
 
 def weights(run_dir: Path, name: str) -> dict[str, Tensor]:
     """The network in a checkpoint of a run."""
-    loaded = torch.load(run_dir / "checkpoints" / name, weights_only=True)["state_dict"]
-    return {key.removeprefix("model."): each for key, each in loaded.items()}
+    saved = final_weights(run_dir, name)
+    return {key.removeprefix("model."): each for key, each in saved.items()}
 
 
 @pytest.fixture(scope="module")

@@ -90,13 +90,6 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def averages(run_dir: Path) -> dict[str, Tensor]:
-    """Weights as they were averaged until the last step."""
-    saved = torch.load(run_dir / "checkpoints" / "ema.ckpt", weights_only=True)
-    weights: dict[str, Tensor] = saved["state_dict"]
-    return weights
-
-
 class Whole(NamedTuple):
     """A run that nothing stopped."""
 
@@ -175,9 +168,9 @@ def test_two_ranks_and_micro_batches_give_the_same_weights(whole: Whole, tmp_pat
     two = ("trainer=ddp_cpu", "trainer.devices=2", "trainer.micro_batch_size=3")
     run_ranks(run_in_rank, 2, composed(*SMALL, *UNFROZEN, *two), tmp_path)
     assert Result.read(tmp_path).world_size == 2
-    for weights in (final_weights, averages):
-        expected = weights(whole.directory)
-        for name, value in weights(tmp_path).items():
+    for file in ("last.ckpt", "ema.ckpt"):
+        expected = final_weights(whole.directory, file)
+        for name, value in final_weights(tmp_path, file).items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=ROUNDING)
 
 
@@ -240,9 +233,9 @@ def test_devices_and_micro_batches_give_the_same_weights(
     run_ranks(run_in_rank, 2, both, tmp_path / "both")
     for name in ("micro", "two", "both"):
         assert Result.read(tmp_path / name).parity["agree"]
-        for weights in (final_weights, averages):
-            expected = weights(tmp_path / "one")
-            for key, value in weights(tmp_path / name).items():
+        for file in ("last.ckpt", "ema.ckpt"):
+            expected = final_weights(tmp_path / "one", file)
+            for key, value in final_weights(tmp_path / name, file).items():
                 torch.testing.assert_close(value, expected[key], rtol=0, atol=ROUNDING)
 
 
@@ -262,7 +255,8 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(
     begun = Result.read(tmp_path / "cut").segments[-1]["from_step"]
     assert 10 <= begun < 63, again.stdout
     assert set(bits(tmp_path / "cut", tmp_path / "whole").values()) == {0}
-    assert count_differing(averages(tmp_path / "cut"), averages(tmp_path / "whole")) == 0
+    averages = (final_weights(tmp_path / name, "ema.ckpt") for name in ("cut", "whole"))
+    assert count_differing(*averages) == 0
 
 
 @slow

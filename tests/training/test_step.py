@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from equiloss.data.sources import Batch
+from equiloss.distributed import collectives
 from equiloss.distributed.process_groups import run_ranks
 from equiloss.errors import NonFiniteError
+from equiloss.losses.criterion import Criterion
 from equiloss.records.results import Result, read_metrics
 from equiloss.run import run
 from equiloss.training.classifier import Classifier
+from equiloss.training.step import MicroBatches
 from rank_functions import run_in_rank
 from support import Run, Train, composed, final_weights, slow
 
@@ -219,3 +225,39 @@ def test_cross_entropy_goes_on_where_softmax_nll_is_out_of_its_domain(tmp_path: 
     assert result.parity["softmax_nll"]["out_of_domain"] > 0
     assert result.parity["softmax_nll"]["nonfinite"] > 0
     assert result.parity["cross_entropy"]["out_of_domain"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "ignored_rows", "rows", "known"),
+    [
+        ({}, False, 5, True),
+        ({"label_smoothing": 0.1}, False, 5, True),
+        ({"weight": [1.0, 2.0, 0.5]}, False, 5, False),
+        ({}, True, 5, False),
+        ({}, None, 5, False),  # nobody has looked at the targets
+        ({}, False, 0, False),  # a batch that does not say what it is part of
+    ],
+)
+def test_a_mass_travels_only_where_rows_may_differ(
+    options: dict[str, Any],
+    ignored_rows: bool | None,
+    rows: int,
+    known: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = []
+
+    def start_sum(value: Tensor) -> collectives.PendingSum:
+        sent.append(value)
+        return collectives.PendingSum(value, None)
+
+    monkeypatch.setattr(collectives, "start_sum", start_sum)
+    criterion = Criterion("cross_entropy", **options)
+    criterion.expect(ignored_rows=ignored_rows)
+    module: Any = SimpleNamespace(criterion=criterion, loss_dtype=torch.float64)
+    target = torch.tensor([0, 2])  # this rank's
+    batch = Batch(torch.empty(2, 1, 1, 1), target, torch.arange(2), epoch=0, rows=rows)
+    mass = MicroBatches(module, None)._mass(batch).wait()
+    assert mass.dtype == torch.float64
+    assert mass == (rows if known else criterion.mass(target, torch.float64))
+    assert len(sent) == (not known)

@@ -14,9 +14,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from equiloss.data.sources import Batch
 from equiloss.distributed import collectives
+from equiloss.distributed.gradient_sums import GradientSums
 from equiloss.losses import reduction
 from equiloss.training.classifier import Classifier
+from equiloss.training.step import MicroBatches
 
 
 @contextmanager
@@ -26,8 +29,13 @@ def local_means() -> Iterator[None]:
     def local_sum(value: Tensor) -> collectives.PendingSum:
         return collectives.PendingSum(value.detach().clone(), None)
 
+    def local_mass(self: MicroBatches, batch: Batch) -> collectives.PendingSum:
+        return local_sum(self.module.criterion.mass(batch.target, self.module.loss_dtype))
+
     with (
         mock.patch.object(collectives, "start_sum", local_sum),
+        mock.patch.object(MicroBatches, "_mass", local_mass),
+        mock.patch.object(GradientSums, "finish", lambda sums: sums.numbers),
         mock.patch.object(reduction, "rank_loss", reduction.mean),
     ):
         yield

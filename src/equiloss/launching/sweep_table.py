@@ -135,10 +135,14 @@ def _best(begun: Attempt, entries: dict[int, Entry]) -> Entry | None:
     return min(measured, key=lambda entry: _place(begun, entry), default=None)
 
 
-def _place(begun: Attempt, entry: Entry) -> float:
-    """Jobs are sorted by it: the best objective first, those without one last."""
+def _place(begun: Attempt, entry: Entry) -> tuple[float, str]:
+    """Jobs are sorted by it: the best objective first, those without one last, equal ones by name.
+
+    So does the report, whose best setting is then that of the best run.
+    """
     sign = -1 if begun.direction == "maximize" else 1
-    return math.inf if entry.objective is None else sign * entry.objective
+    objective = math.inf if entry.objective is None else sign * entry.objective
+    return objective, entry.directory
 
 
 def _duration(seconds: float) -> str:

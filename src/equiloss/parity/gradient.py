@@ -55,7 +55,9 @@ class Followed(NamedTuple):
     def disagreeing(self) -> list[str]:
         """What is beyond its bound, in words, with its figure."""
         figures = self._asdict()
-        return [f"{FOLLOWED[name]} ({figures[name]:.3g})" for name in beyond_bound(figures)]
+        units = dict.fromkeys(figures, "times its bound") | {"ranks_differ": "tensors"}
+        beyond = beyond_bound(figures)
+        return [f"{FOLLOWED[name]} ({figures[name]:.3g} {units[name]})" for name in beyond]
 
     def worst(self, other: Followed) -> Followed:
         """The larger of each figure."""
@@ -96,8 +98,7 @@ class Watch:
 
     def _see(self, _: nn.Module, inputs: tuple[Outputs, Tensor]) -> None:
         """Catch the gradient of the outputs of a forward pass."""
-        rows = inputs[0].rows
-        place = len(self._arrived)
+        rows, place = inputs[0].rows, len(self._arrived)
         self._arrived.append(torch.zeros_like(rows))
         if rows.requires_grad:
             keep = partial(self._arrived.__setitem__, place)
@@ -160,8 +161,9 @@ class Watch:
         if known:
             expected, bound = exact.gradient, exact.bound
         else:
-            expected = _gathered_gradient(outputs, target, criterion)
-            terms = expected.abs().amax(-1)
+            expected, largest = _gathered(outputs, target, criterion)
+            # Its terms may cancel in a row; but a sum of rows rounds as the largest of them does.
+            terms = torch.zeros_like(exact.spread) + largest
             for weight in outputs.head().values():
                 if weight.dim() == 2:  # features get a sum over classes, whose terms may cancel
                     terms = terms + (exact.gradient.abs() @ weight.abs().double()).amax(-1)
@@ -277,9 +279,7 @@ def _keep(parts: list[Tensor], gradient: Tensor | None) -> None:
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """The gradients of some parameters, one after the other, float64; None counts as 0."""
     pairs = zip(gradients, parameters, strict=True)
-    flat = [
-        (torch.zeros_like(p) if gradient is None else gradient).flatten() for gradient, p in pairs
-    ]
+    flat = [(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]
     return torch.cat(flat).double()
 
 
@@ -288,8 +288,8 @@ def _clipped_by(clip_norm: float | None, norm: float) -> float:
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
 
 
-def _gathered_gradient(outputs: Outputs, target: Tensor, criterion: Criterion) -> Tensor:
-    """Gradient of one evaluation on the rows of all ranks, for this rank's rows, in float64."""
+def _gathered(outputs: Outputs, target: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    """Gradient of one evaluation on the rows of all ranks: this rank's, and the largest number."""
     counts = torch.zeros(collectives.world_size(), dtype=torch.int64, device=target.device)
     counts[collectives.rank()] = len(target)
     first = int(collectives.sum_over_ranks(counts)[: collectives.rank()].sum())
@@ -297,4 +297,4 @@ def _gathered_gradient(outputs: Outputs, target: Tensor, criterion: Criterion) -
     with torch.enable_grad():
         losses = criterion.per_sample(outputs.with_rows(rows), collectives.gather_rows(target))
         (gradient,) = torch.autograd.grad(losses.sum(), rows)
-    return gradient[first : first + len(target)].double()
+    return gradient[first : first + len(target)].double(), gradient.abs().amax()

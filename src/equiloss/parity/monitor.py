@@ -187,7 +187,7 @@ class ParityMonitor(Callback):
             disagreeing += followed.disagreeing()
         self.steps += 1
         if disagreeing:
-            message = f"parity, step {step}: {', '.join(disagreeing)} differ from what is right"
+            message = f"parity, step {step}: {', '.join(disagreeing)}: not what is right"
             if self.config.policy == "raise":
                 raise ParityError(message)
             if self.config.policy == "warn":

@@ -105,8 +105,7 @@ class Shards:
         for parameter, part in zip(parameters, torch.split(gradient, sizes), strict=True):
             mean = reduction.mean(part, mass)
             parameter.grad = mean.view_as(parameter).to(parameter.dtype)
-        pending = collectives.PendingSum(torch.cat([total, wishes]), None)
-        return Accumulated(pending, mass, joined(kept), batch.target)
+        return Accumulated(torch.cat([total, wishes]), mass, joined(kept), batch.target)
 
     @property
     def _mine(self) -> range:

@@ -18,6 +18,7 @@ from equiloss import randomness
 from equiloss.config import Config
 from equiloss.data.datasets import Batch
 from equiloss.distributed import collectives, interruption
+from equiloss.distributed.gradient_sums import GradientSums
 from equiloss.losses.criterion import Criterion
 from equiloss.losses.projection import Logits, Outputs, Projection
 from equiloss.models.dropout import RowKeys
@@ -26,7 +27,7 @@ from equiloss.training import bitwise, optim
 from equiloss.training.about import About
 from equiloss.training.metrics import Evaluated, EvaluationMetric
 from equiloss.training.state import Clock, Progress, RunState
-from equiloss.training.step import GlobalStep, MicroBatches, StepOutcome, settle_buckets
+from equiloss.training.step import GlobalStep, MicroBatches, StepOutcome
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Classifier(LightningModule):
         self.evaluation = EvaluationMetric(
             num_classes, criterion.ignore_index, config.metrics.extra
         )
+        self.gradient_sums = GradientSums()
         accumulate = (
             bitwise.Shards(self, config.trainer.shards)
             if config.trainer.reduction == "bitwise"
@@ -146,7 +148,7 @@ class Classifier(LightningModule):
         """Note from where training goes on, on how many ranks, and put the generators back."""
         world_size = collectives.world_size()
         self.progress.segments.append({"from_step": self.global_step, "world_size": world_size})
-        settle_buckets(self.trainer.strategy.model)
+        self.gradient_sums.settle(self.trainer.strategy.model)
         # A run that continues inside an epoch does not start the epoch again.
         self.on_train_epoch_start()
         if self._resumed is not None and len(self._resumed.rng) == world_size:

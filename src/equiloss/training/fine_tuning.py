@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from equiloss.config import OptimizerConfig
 from equiloss.models import freezing
 from equiloss.training import parameter_groups
-from equiloss.training.step import settle_buckets
 
 if TYPE_CHECKING:
     from equiloss.training.classifier import Classifier
@@ -67,7 +66,7 @@ class FineTuning(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Classifier) -> None:  # type: ignore[override]
         """Unfreeze between two epochs."""
         if self._unfreeze(trainer, pl_module):
-            settle_buckets(trainer.strategy.model)
+            pl_module.gradient_sums.settle(trainer.strategy.model)
             if trainer.is_global_zero:
                 log.info("%s", freezing.described(pl_module.config.model, pl_module.model))
 

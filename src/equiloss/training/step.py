@@ -5,8 +5,8 @@ backward pass, so that each micro-batch contributes exactly its part of
 
     loss = sum of per-sample losses / mass
 
-and the result does not depend on how the batch was split. It needs the targets alone, so its
-sum over ranks travels while the network runs.
+and the result does not depend on how the batch was split. It needs the targets alone: where rows
+differ in what they count, its sum over ranks travels while the network runs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -39,9 +38,9 @@ if TYPE_CHECKING:
 class Accumulated:
     """What the passes of one step have added up, when the parameters have their gradient."""
 
-    sums: collectives.PendingSum
+    sums: Tensor
     """Sum of the losses of the global batch in nats, and number of ranks that were asked to stop
-    [2]; it may still be on its way."""
+    [2]."""
     mass: Tensor
     """Mass of the global batch, 0-dim."""
     outputs: Outputs
@@ -65,43 +64,6 @@ class StepOutcome(NamedTuple):
     """Whether a rank was asked to stop; every rank knows it in the same step."""
 
 
-class _ReachingAll(torch.autograd.Function):
-    """A loss, whose backward pass also reaches the parameters that it does not depend on.
-
-    DistributedDataParallel waits for each parameter; one that is reached without a gradient
-    counts as 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = len(parameters)
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *gradient, *[None] * ctx.parameters
-
-
-def settle_buckets(model: nn.Module | None) -> None:
-    """Have data-parallel training sum gradients in the same order from its first step on.
-
-    DistributedDataParallel fills its buckets anew in the order in which its first backward pass
-    brought the gradients. Where three ranks or more add up, the place in a bucket decides the
-    order of a sum, and so its rounding: a run that goes on would take its first step with others.
-    Here a backward pass of zeros comes before, the last parameter first. (Hooks of parameters see
-    it.)
-
-    Args:
-        model: What the ranks train; nothing is done where it is on one.
-    """
-    if not isinstance(model, DistributedDataParallel):
-        return
-    parameters = [p for p in model.module.parameters() if p.requires_grad][::-1]
-    model.reducer.prepare_for_backward([])
-    torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
-    model.zero_grad()
-
-
 class MicroBatches:
     """Gives parameters the gradient of a global batch, in forward passes of so many rows.
 
@@ -120,7 +82,7 @@ class MicroBatches:
     def __call__(self, batch: Batch) -> Accumulated:
         """Forward and backward for this rank's slice; every rank must call it."""
         module, criterion = self.module, self.module.criterion
-        pending = collectives.start_sum(criterion.mass(batch.target, module.loss_dtype))
+        pending = self._mass(batch)
         parts, parameters = self._parts(batch), self._parameters
         total = torch.zeros((), dtype=module.loss_dtype, device=batch.target.device)
         kept = []
@@ -137,19 +99,25 @@ class MicroBatches:
                 total = total + part.total.detach()
                 if number == 1:
                     mass = pending.wait()
-                if last:
-                    # The log and the guard need the global loss: it travels during backward.
-                    sums = torch.stack([total, interruption.wish(total)])
-                    travelling = collectives.start_sum(sums)
                 loss = reduction.rank_loss(part.total, mass)
-                if last and collectives.world_size() > 1:
-                    loss = _ReachingAll.apply(loss, *parameters)
+                if last:
+                    # The log and the guard need the global loss.
+                    numbers = torch.stack([total, interruption.wish(total)])
+                    loss = module.gradient_sums.start(loss, numbers, parameters)
                 module.manual_backward(loss)
         for parameter in parameters:
             if parameter.grad is None:
                 # As on several ranks, where another's rows may depend on it.
                 parameter.grad = torch.zeros_like(parameter)
-        return Accumulated(travelling, mass, joined(kept), batch.target)
+        return Accumulated(module.gradient_sums.finish(), mass, joined(kept), batch.target)
+
+    def _mass(self, batch: Batch) -> collectives.PendingSum:
+        """Mass of the global batch; where each row counts 1, no rank needs another to know it."""
+        criterion, dtype = self.module.criterion, self.module.loss_dtype
+        if batch.rows and criterion.expected is False and not criterion.is_weighted:
+            known = torch.full((), batch.rows, dtype=dtype, device=batch.target.device)
+            return collectives.PendingSum(known, None)
+        return collectives.start_sum(criterion.mass(batch.target, dtype))
 
     def _parts(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images, targets and positions of each micro-batch, as many as on every rank."""
@@ -226,7 +194,7 @@ class GlobalStep:
             p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        total, asked = self.accumulated.sums.wait().unbind()
+        total, asked = self.accumulated.sums.unbind()
         mean = reduction.mean(total, mass)
         values = torch.stack([mean.double(), norm.double(), mass.double(), asked.double()])
         loss, grad_norm, total_mass, stop = values.tolist()

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich.console import Console
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from equiloss.config import Config
 from equiloss.config.metrics import mode_of
@@ -24,6 +25,7 @@ from equiloss.distributed import membership
 from equiloss.models import batch_norm
 from equiloss.training import progress_bar
 from equiloss.training.checkpoint_file import AtomicCheckpointIO
+from equiloss.training.classifier import Classifier
 from equiloss.training.fine_tuning import FineTuning
 from equiloss.training.profile import Profile, Stages
 from equiloss.training.time_limit import TimeLimit
@@ -112,13 +114,22 @@ def _leave_signals_alone(trainer: Trainer) -> None:
     epochs._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+class _DataParallel(DDPStrategy):
+    """Lightning's, with what travels with the gradients."""
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        assert isinstance(model, Classifier)
+        with model.gradient_sums.joining(model, model.loss_dtype):
+            return super()._setup_model(model)
+
+
 def strategy(world_size: int) -> Strategy | str:
     """How so many ranks train together; each has a replica of the network."""
     if world_size == 1:
         return "auto"
     # Views of the buckets spare a copy of every gradient. How long ranks wait for each other is
     # decided by who starts them: for a rank that lives, as long as it takes.
-    return DDPStrategy(gradient_as_bucket_view=True, timeout=WITHOUT_END)
+    return _DataParallel(gradient_as_bucket_view=True, timeout=WITHOUT_END)
 
 
 def _configured_callbacks(config: Config, model: nn.Module) -> Iterator[Callback]:
