@@ -36,7 +36,10 @@ def _loop(rounds: int) -> Tables:
 
 
 def _ranks(rounds: int) -> Tables:
-    yield "MLP on two ranks, a step at batch 256", ranks.reduction(rounds)
+    title = "MLP on two ranks, a step at batch 256"
+    yield title, ranks.reduction(rounds)
+    weight = [0.5 + number / 10 for number in range(10)]
+    yield f"{title}, class weights", ranks.reduction(rounds, weight)
 
 
 def _pictures(rounds: int) -> Tables:

@@ -72,6 +72,7 @@ MISTAKES = [
     ("trainer.precision=16-mixed", ["16-mixed", "GPU", "bf16-mixed"]),
     ("trainer.precision=32", ["'32'", "32-true"]),
     ("trainer.accelerator=abacus", ["trainer.accelerator=abacus"]),
+    ("trainer.accelerator=tpu", ["trainer.accelerator=tpu is refused", "cpu, gpu or auto"]),
     ("+trainer.profiler=foo", ["+trainer.profiler=foo is refused", "'simple', 'advanced'"]),
     ("+trainer.arguments.max_time=[null]", ["+trainer.max_time=[None] is refused"]),
     ("+trainer.max_time=soon", ["trainer.max_time", "DD:HH:MM:SS", "soon"]),

@@ -51,7 +51,7 @@ class TrainerConfig:
     """Devices, precision and length. `+trainer.<argument>` goes to Lightning's Trainer as it is."""
 
     accelerator: str = "cpu"
-    """cpu | gpu | auto, or another accelerator of Lightning."""
+    """cpu | gpu | auto, or another accelerator of Lightning (not tpu)."""
     devices: int = 1
     """Ranks; more than one makes a real process group (-1: every visible GPU)."""
     threads: int | None = None
@@ -107,6 +107,11 @@ class TrainerConfig:
         require(
             isinstance(self.arguments.get("profiler"), str | None),
             "+trainer.profiler is the name of one of Lightning's, such as simple; or profile=true",
+        )
+        require(
+            self.accelerator != "tpu",
+            "trainer.accelerator=tpu is refused: its ranks sum by a strategy of their own, with "
+            "which nothing was measured; take cpu, gpu or auto",
         )
         require(
             not (self.accelerator == "cpu" and self.precision == "16-mixed"),
