@@ -71,6 +71,11 @@ MISTAKES = [
     ("trainer.device=2", ["'device'", "Did you mean 'devices'?"]),
     ("trainer.precision=16-mixed", ["16-mixed", "GPU", "bf16-mixed"]),
     ("trainer.precision=32", ["'32'", "32-true"]),
+    (
+        "+callbacks.items.ga.target=lightning.pytorch.callbacks:GradientAccumulationScheduler "
+        "+callbacks.items.ga.scheduling={{0:2}}",
+        ["callbacks.items.ga: GradientAccumulationScheduler is refused", "micro_batch_size"],
+    ),
     ("trainer.accelerator=abacus", ["trainer.accelerator=abacus"]),
     ("trainer.accelerator=tpu", ["trainer.accelerator=tpu is refused", "cpu, gpu or auto"]),
     ("+trainer.profiler=foo", ["+trainer.profiler=foo is refused", "'simple', 'advanced'"]),

@@ -28,6 +28,7 @@ from equiloss.config.parity import ParityConfig
 from equiloss.config.sweep import SweepConfig
 from equiloss.config.trainer import PRECISIONS, REFUSED_TRAINER_ARGUMENTS, TrainerConfig
 from equiloss.config.training import (
+    REFUSED_CALLBACKS,
     CallbacksConfig,
     CheckpointConfig,
     EarlyStoppingConfig,
@@ -40,6 +41,7 @@ from equiloss.errors import choose
 
 __all__ = [
     "PRECISIONS",
+    "REFUSED_CALLBACKS",
     "REFUSED_TRAINER_ARGUMENTS",
     "SPLIT_METRICS",
     "AugmentConfig",

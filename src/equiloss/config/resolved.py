@@ -12,7 +12,7 @@ from typing import Any, cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from equiloss.config import Config, TrainerConfig
+from equiloss.config import CallbacksConfig, Config, TrainerConfig
 from equiloss.config.checks import check_plain, require
 from equiloss.config.documentation import help_text
 from equiloss.config.metrics import MetricsConfig, mode_of, with_modes
@@ -62,6 +62,9 @@ def resolve(composed: DictConfig) -> ResolvedConfig:
         named = (f"{key}{EXAMPLES.get(key, '')}" for key in missing)
         raise ConfigError(f"missing value: {', '.join(named)}")
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    own = plain.get("callbacks")
+    if isinstance(own, dict) and isinstance(own.get("items"), dict):
+        CallbacksConfig(own["items"])  # whose reasons come before those of their options
     try:
         check_plain(plain)
     except ConfigError as error:

@@ -183,9 +183,33 @@ class EarlyStoppingConfig:
         finite("early_stopping.min_delta", self.min_delta)
 
 
+# Lightning's callbacks that would break "the same number", or that have a key here.
+REFUSED_CALLBACKS = {
+    "GradientAccumulationScheduler": "set trainer.micro_batch_size, which keeps the loss of the "
+    "whole global batch",
+    "BatchSizeFinder": "data.batch_size is global, and trainer.micro_batch_size what fits",
+    "StochasticWeightAveraging": "it changes the schedule that was asked for",
+    "WeightAveraging": "set ema.decay, which keeps the weights and their average apart",
+    "LearningRateFinder": "it would train before the run: sweep optimizer.lr",
+    "ModelCheckpoint": "set checkpoint.monitor and checkpoint.every_n_steps",
+    "EarlyStopping": "set callbacks=early_stopping",
+}
+
+
 @dataclass
 class CallbacksConfig:
     """Callbacks of Lightning's, by names of one's own."""
 
     items: dict[str, Any] = field(default_factory=open_dict)
     """NAME: {target: package.module:Class, and keyword arguments}."""
+
+    def __post_init__(self) -> None:
+        # By name, before options are looked at; what is made is refused by what it is.
+        for name, item in self.items.items():
+            target = item.get("target") if isinstance(item, dict) else None
+            module, _, kind = str(target).rpartition(":")
+            refused = module.startswith("lightning.") and kind in REFUSED_CALLBACKS
+            require(
+                not refused,
+                f"callbacks.items.{name}: {kind} is refused: {REFUSED_CALLBACKS.get(kind)}",
+            )

@@ -138,7 +138,7 @@ def _best(begun: Attempt, entries: dict[int, Entry]) -> Entry | None:
 def _place(begun: Attempt, entry: Entry) -> tuple[float, str]:
     """Jobs are sorted by it: the best objective first, those without one last, equal ones by name.
 
-    So does the report, whose best setting is then that of the best run.
+    The report names the first of equal settings too.
     """
     sign = -1 if begun.direction == "maximize" else 1
     objective = math.inf if entry.objective is None else sign * entry.objective

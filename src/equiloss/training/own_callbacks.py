@@ -7,20 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, callbacks
 
+from equiloss.config import REFUSED_CALLBACKS
 from equiloss.errors import ConfigError, first_line
 from equiloss.imports import import_target
 
-# Lightning's callbacks that would break "the same number", or that have a key here.
-REFUSED: dict[type[Callback], str] = {
-    callbacks.GradientAccumulationScheduler: "set trainer.micro_batch_size, which keeps the loss "
-    "of the whole global batch",
-    callbacks.BatchSizeFinder: "data.batch_size is global, and trainer.micro_batch_size what fits",
-    callbacks.StochasticWeightAveraging: "it changes the schedule that was asked for",
-    callbacks.WeightAveraging: "set ema.decay, which keeps the weights and their average apart",
-    callbacks.LearningRateFinder: "it would train before the run: sweep optimizer.lr",
-    callbacks.ModelCheckpoint: "set checkpoint.monitor and checkpoint.every_n_steps",
-    callbacks.EarlyStopping: "set callbacks=early_stopping",
-}
+REFUSED = {getattr(callbacks, name): reason for name, reason in REFUSED_CALLBACKS.items()}
 
 
 def build(items: Mapping[str, Any]) -> list[Callback]:
