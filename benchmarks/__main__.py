@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import commands, fine_tuning, growth, loop, loss, pictures, plot, ranks
+from benchmarks import bitwise, commands, fine_tuning, growth, loop, loss, pictures, plot, ranks
 from benchmarks.paired import Ratio, ratios
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -40,6 +40,11 @@ def _ranks(rounds: int) -> Tables:
     yield title, ranks.reduction(rounds)
     weight = [0.5 + number / 10 for number in range(10)]
     yield f"{title}, class weights", ranks.reduction(rounds, weight)
+
+
+def _bitwise(rounds: int) -> Tables:
+    title = "A step with trainer.reduction=bitwise, times one with sum"
+    yield title, bitwise.reduction(rounds)
 
 
 def _pictures(rounds: int) -> Tables:
@@ -78,6 +83,7 @@ PARTS: dict[str, tuple[Callable[[int], Tables], int]] = {
     "loss": (_loss, 11),
     "loop": (_loop, 5),
     "ranks": (_ranks, 7),
+    "bitwise": (_bitwise, 3),
     "pictures": (_pictures, 3),
     "fine_tuning": (_fine_tuning, 3),
     "growth": (_growth, 3),
@@ -93,7 +99,7 @@ def table(title: str, measured: list[Ratio]) -> str:
     """A table of Markdown."""
     lines = [
         *(f"**{title}**", ""),
-        "| | time | times the first | quartiles | wanted |",
+        "| | time | ratio | quartiles | wanted |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, seconds, ratio, low, high, wanted in measured:
