@@ -408,6 +408,7 @@ def test_an_event_file_that_cannot_be_written_is_named(
 def test_the_environment_is_left_alone(run_here: Run) -> None:
     """What a job of a multirun leaves there, the ranks of the next one would inherit."""
     before = dict(os.environ)
+    assert before["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"  # by Lightning; a run takes it back
     run_here("trainer.max_steps=1", "seed=7")
     after = dict(os.environ) | {"PYTEST_CURRENT_TEST": before["PYTEST_CURRENT_TEST"]}
     assert after == before

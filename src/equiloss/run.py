@@ -164,6 +164,7 @@ def build(resolved: ResolvedConfig, directory: Path, callbacks: Sequence[Callbac
 
 
 @naming_dead_workers()
+@optim.without_search_for_gpus()
 def fit_and_test(parts: Parts) -> dict[str, float]:
     """Fit and test, or evaluate a checkpoint; returns the final value of every metric."""
     config, trainer, classifier = parts.config, parts.trainer, parts.classifier

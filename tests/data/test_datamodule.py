@@ -15,6 +15,7 @@ from equiloss.data import position
 from equiloss.data.augment import augment
 from equiloss.data.datamodule import ImageDataModule
 from equiloss.data.datasets import ArraySource, Batch, load
+from equiloss.data.sampler import Slice
 from equiloss.errors import UserError
 
 # Lightning's own use of torch.utils._pytree.
@@ -232,6 +233,17 @@ def fitted(data: ImageDataModule, **changes) -> Recorder:
     model = Recorder()
     trainer(**changes).fit(model, data)
     return model
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_batch_is_moved_to_where_it_is_not_yet(device):
+    splits = load(config())
+    data = ImageDataModule(splits, config(), seed=0)
+    batch = splits.val.__getitems__(Slice(epoch=0, indices=torch.arange(3)))
+    moved = data.transfer_batch_to_device(batch, torch.device(device), 0)
+    assert {each.device.type for each in moved[:3]} == {device}
+    assert (moved is batch) == (device == "cpu")
+    assert moved[3:] == batch[3:]
 
 
 def test_batches_are_normalised_and_only_training_is_augmented():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,15 +153,16 @@ def board(directory: Path) -> RunTensorBoard:
 
 
 def test_an_event_file_on_a_full_disk_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And the writer's thread prints no traceback of its own."""
+    monkeypatch.setattr(tensorboard, "HELD_SECONDS", 0.0)
     logger, opened = board(tmp_path), ExitStack()
     opened.enter_context(logger.opened())
     words = f"^cannot write {tmp_path}/events.*: file too large"
 
     def fill() -> None:
-        for step in range(1000):
+        for step in count():  # the writer's thread finds out in its own time
             logger.log_metrics({f"train/{number}": 1.0 for number in range(10)}, step)
 
     with no_room(), pytest.raises(FileError, match=words):
@@ -167,6 +170,43 @@ def test_an_event_file_on_a_full_disk_is_named(
     with pytest.raises(FileError, match=words):
         opened.close()
     assert capsys.readouterr().err == ""
+
+
+def test_scalars_are_handed_over_once_in_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the times at which they were logged, and the last of them at the latest at the end."""
+    logger, now = board(tmp_path), [1_000_000.0]
+    monkeypatch.setattr(tensorboard.time, "time", lambda: now[0])
+    handed: list[int] = []
+
+    def counted(*event: Any) -> None:
+        handed.append(event[1])
+        add_summary(*event)
+
+    with logger.opened():
+        writer = logger.experiment._get_file_writer()
+        add_summary = writer.add_summary
+        monkeypatch.setattr(writer, "add_summary", counted)
+        seen = []
+        for step in range(5):
+            logger.log_metrics({"train/loss": step / 2}, step)
+            seen.append(len(handed))
+            now[0] += 0.4
+        # The first at once; then those of 0.4, 0.8 and 1.2 s together.
+        assert seen == [1, 1, 1, 4, 4]
+        logger.save()
+        assert handed == [0, 1, 2, 3, 4]
+        # A clock that was set back keeps nothing waiting.
+        now[0] -= 3600
+        logger.log_metrics({"train/loss": 2.5}, 5)
+        logger.log_metrics({"train/loss": 3.0}, 6)
+        assert handed == [0, 1, 2, 3, 4, 5]
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [(each.step, each.value) for each in events] == [(n, n / 2) for n in range(7)]
+    assert [each.wall_time for each in events[:5]] == pytest.approx(
+        [1_000_000 + 0.4 * step for step in range(5)]
+    )
 
 
 def test_an_event_file_that_hangs_holds_no_process(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from equiloss.training.optim import (
     build_scheduler,
     cosine,
     total_steps,
+    without_search_for_gpus,
 )
 
 
@@ -122,6 +124,26 @@ class TestOptimizer:
         """torch takes the key in a parameter group and never reads it."""
         with pytest.raises(ConfigError, match="weight_decay"):
             build_optimizer(OptimizerConfig(name="Rprop", weight_decay=0.1), network())
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("asked_for", ["1", None])
+def test_where_there_is_no_gpu_no_step_looks_for_nvidias_library(monkeypatch, gpus, asked_for):
+    """And the environment is as before, also after a failure."""
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    monkeypatch.delenv(name, raising=False)
+    if asked_for is not None:
+        monkeypatch.setenv(name, asked_for)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+
+    @without_search_for_gpus()
+    def fails() -> None:
+        assert os.environ.get(name) == (asked_for if gpus else None)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert os.environ.get(name) == asked_for
 
 
 class TestSchedule:

@@ -99,6 +99,15 @@ class ImageDataModule(lightning.LightningDataModule):
         """Batches of the test split, unpadded and in its own order."""
         return self._loader("test", self.splits.test)
 
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """The batch on the device; one that is there is not walked through field by field."""
+        if batch.images.device == device:
+            return batch
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment and mix (in training), convert and normalise, on the device."""
         images = batch.images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 # Time for the writer's thread to write what it still has.
 CLOSE_SECONDS = 30.0
+# Each event that is handed to that thread wakes it, and training waits for it: so they go together.
+HELD_SECONDS = 1.0
+MOST_QUEUED = 10_000
 
 # The same keys for every loss, so that the HPARAMS tab keeps its columns in a sweep over losses.
 HPARAMS = (
@@ -73,13 +77,20 @@ class RunTensorBoard(TensorBoardLogger):
         first_step: int | None = None,
     ) -> None:
         super().__init__(
-            directory, name="", version="", default_hp_metric=False, purge_step=first_step
+            directory,
+            name="",
+            version="",
+            default_hp_metric=False,
+            purge_step=first_step,
+            max_queue=MOST_QUEUED,
         )
         self._config = config
         self._config_text = config_text
         self._metrics = metrics
         self._formulations = formulations
         self._events = directory / EVENTS
+        self._held: list[tuple[Summary, int | None, float]] = []
+        self._handed_over = 0.0
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -108,10 +119,19 @@ class RunTensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write scalars, as one event: an event for each takes four times as long."""
+        """Write scalars as one event: an event for each takes four times as long."""
         scalars = [Summary.Value(tag=tag(name), simple_value=metrics[name]) for name in metrics]
-        with writing(self._events):
-            self.experiment._get_file_writer().add_summary(Summary(value=scalars), step)
+        now = time.time()
+        self._held.append((Summary(value=scalars), step, now))
+        if not 0 <= now - self._handed_over < HELD_SECONDS:
+            with writing(self._events):
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        held, self._held = self._held, []
+        for event in held:
+            self.experiment._get_file_writer().add_summary(*event)
+        self._handed_over = time.time()
 
     @rank_zero_only
     def add_figure(self, tag: str, figure: Figure, step: int) -> None:
@@ -135,17 +155,27 @@ class RunTensorBoard(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         """Flush. Lightning would write an hparams.yaml beside our config.yaml."""
-        self._in_time(self.experiment.flush)
+        self._in_time(self._flush)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Flush; the test after a fit goes on in the same file."""
-        self._in_time(self.experiment.flush)
+        self._in_time(self._flush)
 
     @rank_zero_only
     def close(self) -> None:
         """Close the event file; one whose file system hangs is left as it is."""
-        self._in_time(self.experiment.close)
+        self._in_time(self._close)
+
+    def _flush(self) -> None:
+        self._hand_over()
+        self.experiment.flush()
+
+    def _close(self) -> None:
+        try:
+            self._hand_over()
+        finally:
+            self.experiment.close()
 
     def _in_time(self, act: Callable[[], None]) -> None:
         """Do what waits for the writer's thread, but no longer than `CLOSE_SECONDS`."""

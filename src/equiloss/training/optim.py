@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn, optim
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
@@ -22,6 +25,8 @@ from equiloss.training import parameter_groups
 # Their dozen operations per parameter take longer than the step of a small network; in one kernel
 # they are three times as fast on a CPU.
 FUSED = ("Adam", "AdamW")
+# Has torch ask NVIDIA's management library (NVML) for GPUs; Lightning sets it as it is imported.
+BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 # Options of schedules that are learning rates, of which torch takes one for each group.
 RATES = {"base_lr", "max_lr"}
 # Arguments of OneCycleLR that the run itself gives.
@@ -39,6 +44,24 @@ REFUSED_SCHEDULES = {
     **dict.fromkeys(("LambdaLR", "MultiplicativeLR"), "it takes a function"),
     **dict.fromkeys(("ChainedScheduler", "SequentialLR"), "it takes other schedules"),
 }
+
+
+@contextmanager
+def without_search_for_gpus() -> Iterator[None]:
+    """Where there is no GPU, spare each step the search for a library that would know of one.
+
+    Adam asks torch in each step whether there is one. Without NVIDIA's library the loader looks for
+    it in all its directories, a twentieth of a small network's step, and torch asks CUDA after all.
+    """
+    before = os.environ.get(BY_NVML)
+    if before is None or torch.cuda.device_count():
+        yield
+        return
+    del os.environ[BY_NVML]
+    try:
+        yield
+    finally:
+        os.environ[BY_NVML] = before
 
 
 def build_optimizer(
