@@ -67,7 +67,7 @@ invariance: $(VENV)/train.stamp
 	$(BIN)/equiloss verify invariance --output docs
 
 # Timings side by side; all of them together are written into docs/performance.md.
-bench: $(VENV)/train.stamp
+bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
 
 # The pictures of the README and docs/, from a real sweep (needs Debian's chromium, chromium-driver).

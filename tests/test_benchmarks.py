@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from benchmarks import baselines, fine_tuning, loss, paired, plot
+from benchmarks import accuracy, baselines, fine_tuning, loss, paired, plot
 from benchmarks.__main__ import main, table
 
 from support import PYTHONPATH, composed, slow
@@ -60,6 +60,12 @@ def test_a_part_that_is_none_is_refused(monkeypatch, capsys):
         main()
     assert ended.value.code == 2
     assert "invalid choice: 'lose'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", accuracy.RECIPES)
+def test_what_is_trained_to_an_accuracy_is_an_experiment(name):
+    if name != accuracy.COMMON:
+        assert name in composed(f"experiment={name}").config.tags
 
 
 @pytest.mark.parametrize("way", fine_tuning.arrangements(), ids=lambda way: way.name)

@@ -205,7 +205,7 @@ def test_scalars_are_handed_over_once_in_a_second(
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(each.step, each.value) for each in events] == [(n, n / 2) for n in range(7)]
     assert [each.wall_time for each in events[:5]] == pytest.approx(
-        [1_000_000 + 0.4 * step for step in range(5)]
+        [1_000_000 + 0.4 * step for step in range(5)], rel=0, abs=1e-6
     )
 
 
