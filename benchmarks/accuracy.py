@@ -64,7 +64,7 @@ def experiment(name: str, seed: int) -> Iterator[Figure]:
         )
         seconds = time.perf_counter() - began
         result = json.loads(Path(directory, "run", "results.json").read_text())
-    yield Figure(name, result["timing"]["train_s"], seconds, result["test"]["acc"])
+    yield Figure(name, result["timing"]["train_s"], seconds, result["metrics"]["test/acc"])
 
 
 class Course(Callback):

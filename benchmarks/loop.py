@@ -152,6 +152,10 @@ def arrangements(work: str) -> list[Arrangement]:
             way("bare loop", "bare"),
             way("bare loop, channels last", "bare", channels_last=True),
             way("equiloss", "equiloss", overrides=[]),
+            *(
+                way(f"equiloss, {setting}", "equiloss", overrides=[setting])
+                for setting in ("model.compile=true", "trainer.precision=bf16-mixed")
+            ),
         ]
     each_50 = "trainer.log_every_n_steps=50"
     return [
