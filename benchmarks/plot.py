@@ -53,8 +53,8 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
             else:
                 axes.set_xlim(left=0)
     figure.supxlabel(
-        "times the first of each table (logarithmic where one is above 5); lines: quartiles; "
-        "red: wanted",
+        "times the first of each table, or what its title names (logarithmic: one is above 5); "
+        "lines: quartiles; red: wanted",
         fontsize=9,
     )
     figure.savefig(path, dpi=100)
