@@ -33,7 +33,8 @@ from equiloss.models.networks import ConvNet
 
 ROOT = Path(__file__).parents[1]
 COMMON = "common"
-RECIPES = ("fashion_mnist_fast", "fashion_mnist_fast_93", COMMON)
+EXPERIMENTS = ("fashion_mnist_fast", "fashion_mnist_fast_93")
+RECIPES = (*EXPERIMENTS, COMMON)
 COMMON_EPOCHS = 10
 
 

@@ -62,10 +62,9 @@ def test_a_part_that_is_none_is_refused(monkeypatch, capsys):
     assert "invalid choice: 'lose'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", accuracy.RECIPES)
+@pytest.mark.parametrize("name", accuracy.EXPERIMENTS)
 def test_what_is_trained_to_an_accuracy_is_an_experiment(name):
-    if name != accuracy.COMMON:
-        assert name in composed(f"experiment={name}").config.tags
+    assert name in composed(f"experiment={name}").config.tags
 
 
 @pytest.mark.parametrize("way", fine_tuning.arrangements(), ids=lambda way: way.name)
